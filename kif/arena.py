@@ -1,0 +1,199 @@
+"""Parameter arena: all trainable parameters in one flat buffer, so that a phase of the method is one operation.
+
+`param.data` and `param.grad` become views of two flat float32 buffers. Optimizer moments, importances and
+snapshots are named buffers of the same layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT = 32
+"""Elements a parameter's start is aligned to (128 bytes): vector loads stay aligned, cache lines are not shared."""
+
+
+class ArenaError(RuntimeError):
+    """A parameter no longer lies in its arena, or cannot be put there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Where one parameter lies in every flat buffer: elements [start, start + numel)."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    numel: int
+
+    def view(self, buffer: Tensor) -> Tensor:
+        """This parameter's part of a flat buffer, in the parameter's shape."""
+        return buffer[self.start : self.start + self.numel].view(self.shape)
+
+
+class ParameterArena:
+    """Takes over parameters: their data and gradients become views of `data` and `grad`.
+
+    It stays valid under `state_dict`, `load_state_dict`, PEFT saving and `model.to(device)` (noticed at the next
+    `check`, which moves all buffers along). A parameter re-assigned on its own is reported by name.
+
+    Args:
+        parameters: (name, parameter) pairs, float32, on one device; for instance the trainable ones of
+            `model.named_parameters()`.
+        model: the module the names belong to; lets `check` notice parameter objects that were exchanged.
+
+    Attributes:
+        data: flat float32 buffer of the weights; the elements between segments are padding and stay 0.
+        grad: flat float32 buffer of the gradients, same layout.
+        segments: where each parameter lies.
+        numel: number of elements that are parameters, without padding.
+        buffers: further flat buffers by name, made by `buffer`.
+
+    Raises: ArenaError for no parameters at all, a name or tensor given twice, a dtype other than float32, several
+        devices, or a parameter that does not require a gradient; the message names it.
+    """
+
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], model: nn.Module | None = None) -> None:
+        named = list(parameters)
+        _check_parameters(named)
+        self._owners: list[tuple[nn.Module, str]] = []
+        if model is not None:
+            for name, _ in named:
+                path, _, attribute = name.rpartition(".")
+                self._owners.append((model.get_submodule(path), attribute))
+        self._parameters = [parameter for _, parameter in named]
+        self.segments: list[Segment] = []
+        end = 0
+        for name, parameter in named:
+            self.segments.append(Segment(name, tuple(parameter.shape), end, parameter.numel()))
+            end += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+        self.numel = sum(segment.numel for segment in self.segments)
+        device = self._parameters[0].device
+        self.data = torch.zeros(end, device=device)
+        self.grad = torch.zeros(end, device=device)
+        self.buffers: dict[str, Tensor] = {}
+        self._adopt()
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ParameterArena:
+        """An arena of the model's trainable parameters, in the order of `named_parameters`."""
+        return cls(((name, p) for name, p in model.named_parameters() if p.requires_grad), model)
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def buffer(self, name: str) -> Tensor:
+        """The flat float32 buffer of this name, zeros when it is new. It moves and is saved with the arena."""
+        if name not in self.buffers:
+            self.buffers[name] = torch.zeros_like(self.data)
+        return self.buffers[name]
+
+    def views(self, buffer: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """(name, view in the parameter's shape) of every segment of a flat buffer."""
+        return ((segment.name, segment.view(buffer)) for segment in self.segments)
+
+    def zero_grad(self) -> None:
+        self.grad.zero_()
+
+    def check(self) -> None:
+        """Make sure that every parameter and gradient still is its view; called at every step.
+
+        Gradients that were set to None or replaced are put back into the arena with their values. When every
+        parameter lies elsewhere (`model.to`, `load_state_dict(assign=True)`) the arena follows.
+        Raises: ArenaError naming a single parameter that was re-assigned, or one that is no longer float32.
+        """
+        base = self.data.data_ptr()
+        strays = [
+            segment.name
+            for segment, ours, live in zip(self.segments, self._parameters, self._live(), strict=True)
+            if live is not ours or live.data_ptr() != base + 4 * segment.start
+        ]
+        if len(strays) == len(self.segments):
+            self.rebind()
+        elif strays:
+            raise ArenaError(
+                f"parameter {strays[0]} was re-assigned outside the arena ({len(strays)} of {len(self.segments)} were); "
+                "copy into it in place instead (parameter.data.copy_), or call arena.rebind() to take over its new value"
+            )
+        base = self.grad.data_ptr()
+        for segment, parameter in zip(self.segments, self._parameters, strict=True):
+            if parameter.grad is None or parameter.grad.data_ptr() != base + 4 * segment.start:
+                view = segment.view(self.grad)
+                if parameter.grad is None:
+                    view.zero_()
+                else:
+                    view.copy_(parameter.grad)
+                parameter.grad = view
+
+    def rebind(self) -> None:
+        """Take over the parameters' present values and device; all buffers move along."""
+        self._parameters = self._live()
+        _check_parameters([(s.name, p) for s, p in zip(self.segments, self._parameters, strict=True)])
+        device = self._parameters[0].device
+        self.data = torch.zeros_like(self.data, device=device)
+        self.grad = self.grad.to(device)
+        self.buffers = {name: buffer.to(device) for name, buffer in self.buffers.items()}
+        self._adopt()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Layout, weights and all named buffers; tensors are the live ones, not copies."""
+        layout = [[s.name, list(s.shape)] for s in self.segments]
+        return {"layout": layout, "data": self.data, "buffers": dict(self.buffers)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Copy weights and buffers in. Raises: ArenaError naming the first parameter that differs in name or shape."""
+        theirs = [(name, tuple(shape)) for name, shape in state["layout"]]
+        ours = [(s.name, s.shape) for s in self.segments]
+        if theirs != ours:
+            pairs = zip(ours + [None] * len(theirs), theirs + [None] * len(ours), strict=False)
+            mine, other = next((a, b) for a, b in pairs if a != b)
+            raise ArenaError(f"the saved state does not fit: here {mine or 'nothing'}, there {other or 'nothing'}")
+        self.check()
+        self.data.copy_(state["data"])
+        for name in self.buffers.keys() - state["buffers"].keys():
+            del self.buffers[name]
+        for name, buffer in state["buffers"].items():
+            self.buffer(name).copy_(buffer)
+
+    def _live(self) -> list[nn.Parameter]:
+        """The parameter objects that the model uses now."""
+        if not self._owners:
+            return self._parameters
+        return [cast(nn.Parameter, getattr(module, attribute)) for module, attribute in self._owners]
+
+    def _adopt(self) -> None:
+        for segment, parameter in zip(self.segments, self._parameters, strict=True):
+            view = segment.view(self.data)
+            view.copy_(parameter.data)
+            parameter.data = view
+            grad = segment.view(self.grad)
+            if parameter.grad is not None:
+                grad.copy_(parameter.grad)
+            parameter.grad = grad
+
+
+def _check_parameters(named: list[tuple[str, nn.Parameter]]) -> None:
+    if not named:
+        raise ArenaError("there is no trainable parameter to put into an arena")
+    seen: dict[int, str] = {}
+    names: set[str] = set()
+    for name, parameter in named:
+        if not parameter.requires_grad:
+            raise ArenaError(f"parameter {name} does not require a gradient")
+        if parameter.dtype != torch.float32:
+            raise ArenaError(
+                f"parameter {name} is {parameter.dtype}; the arena holds float32 master weights, cast it first"
+            )
+        if parameter.device != named[0][1].device:
+            raise ArenaError(f"parameter {name} is on {parameter.device}, {named[0][0]} on {named[0][1].device}")
+        if id(parameter) in seen:
+            raise ArenaError(f"parameters {seen[id(parameter)]} and {name} are the same tensor")
+        if name in names:
+            raise ArenaError(f"two parameters have the name {name}")
+        seen[id(parameter)] = name
+        names.add(name)

@@ -1,0 +1,222 @@
+"""Configuration as plain dataclasses: `KIFConfig` for the method, `RunConfig` for a whole run.
+
+Standard library only, so that the engine can be used without the command line. YAML and command-line
+overrides are in `kif.configfile`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass
+class KIFConfig:
+    """Switches of Recurrent-KIF. The defaults are the paper's text; `preset` gives the named sets.
+
+    Args:
+        inner_steps: Q, inner steps on the new task in a round (section 4, "Training Details").
+        outer_steps: M, outer steps on replay memory in a round (1 in the text, 4 in Table 8).
+        alpha1: EMA factor of the inner importance, I <- alpha1 * I + (1 - alpha1) * |w * grad| (Eq. 4).
+        alpha2: EMA factor of the outer importance (Eq. 7); what it multiplies is `alpha2_weighs`.
+        alpha2_weighs: `new`: I <- alpha2 * |w * grad| + (1 - alpha2) * I (Eq. 7); `old`: the other way round
+            (released code).
+        score: `ema`: the EMA itself is thresholded (Eq. 8); `ema_uncertainty`: EMA * U, where U is the EMA of
+            | |w * grad| - EMA | (released code, as in AdaLoRA).
+        uncertainty_decay: EMA factor of U; used by `score=ema_uncertainty` only.
+        importance_at: `gradient`: w is the weight at which the gradient was taken, and the gradient is the
+            loss's own (Eq. 3); `update`: w after the optimizer step with the clipped gradient (released code).
+        density: fraction of elements a mask keeps (20% in section 3.2).
+        threshold_scope: `global`: one threshold over all elements of all tensors; `tensor`: one per tensor.
+        threshold: `kth_largest`: an element of the scores, the ceil(density * n)-th largest (Eq. 8);
+            `interpolated`: the (1 - density) quantile with linear interpolation (released code).
+        mask: `at_least`: I >= threshold (Eq. 8); `above`: I > threshold (released code).
+        fusion: name of the 2x2 weight table of (inner task vector, outer task vector) by the two masks, see
+            `kif_kernels.FUSION_TABLES`: `paper` (Eq. 9), `released-code`, `no-share` ("- Share", Table 2),
+            `no-masks` ("- KI", Table 2: both task vectors whole, that is plain alternating training).
+        outer_optimizer: `own`: the outer loop has its own AdamW moments; `shared`: it shares the inner ones
+            (released code).
+    """
+
+    inner_steps: int = 8
+    outer_steps: int = 1
+    alpha1: float = 0.55
+    alpha2: float = 0.55
+    alpha2_weighs: Literal["new", "old"] = "new"
+    score: Literal["ema", "ema_uncertainty"] = "ema"
+    uncertainty_decay: float = 0.85
+    importance_at: Literal["gradient", "update"] = "gradient"
+    density: float = 0.2
+    threshold_scope: Literal["global", "tensor"] = "global"
+    threshold: Literal["kth_largest", "interpolated"] = "kth_largest"
+    mask: Literal["at_least", "above"] = "at_least"
+    fusion: Literal["paper", "released-code", "no-share", "no-masks"] = "paper"
+    outer_optimizer: Literal["own", "shared"] = "own"
+
+    def __post_init__(self) -> None:
+        for name in ("inner_steps", "outer_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"kif.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("alpha1", "alpha2", "uncertainty_decay", "density"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"kif.{name} must lie in [0, 1], got {getattr(self, name)}")
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> KIFConfig:
+        """A named set of switches, with `overrides` on top. Raises ValueError for an unknown name."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "released-code": {
+        "outer_steps": 4,
+        "alpha1": 0.85,
+        "alpha2": 0.85,
+        "alpha2_weighs": "old",
+        "score": "ema_uncertainty",
+        "uncertainty_decay": 0.85,
+        "importance_at": "update",
+        "threshold": "interpolated",
+        "mask": "above",
+        "fusion": "released-code",
+        "outer_optimizer": "shared",
+    },
+}
+
+
+@dataclass
+class RunConfig:
+    """Everything that defines a run. Defaults follow Appendix D of the paper where it speaks.
+
+    Args:
+        method: name of the method, see `kif methods`.
+        model: folder or hub name of the base model (T5-like, Llama-like or BERT-like).
+        data: folder that holds the tasks, or `hub` for the Hugging Face hub. Default: the environment
+            variable KIF_DATA.
+        order: name of a task order in the folder's orders.json (1-6 are those of Table 12).
+        tasks: names of the tasks in training order, instead of `order`.
+        output: run folder to write; must not hold a run already.
+        seed: seed of everything random (adapter init, dropout, shuffling, replay memory).
+        device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ...
+        precision: `fp32` or `bf16` for the base model; the adapter is fp32 always. `fp16` is refused.
+
+        lora_r: rank of the adapter.
+        lora_alpha: LoRA scaling numerator; the scale is lora_alpha / lora_r.
+        lora_dropout: dropout on the adapter's input.
+        target_modules: names of the linear layers that get an adapter. Default: query and value projections.
+        head: encoders only. `cosine`: class scores are 20 times the cosine of the pooled text with the label
+            names' own embeddings by the base model; `linear`: a classification layer shared by all tasks,
+            trained and saved with the adapter.
+        label_space: encoders only. `union`: classes of all tasks compete in training and evaluation, as the
+            words of a language model do; `task`: only those of the row's own task.
+
+        max_length: longest prompt in tokens; longer inputs are cut inside the text, not in the instruction.
+        max_target_length: longest target in tokens.
+        limit_train: use at most so many training rows of each task (a fixed random subset). Default: all.
+        limit_eval: score at most so many rows of each task (a fixed random subset). Default: all.
+        cache_dir: folder for tokenised texts. Default: `kif` in the user's cache folder.
+
+        lr: peak learning rate, linear decay to 0 over the task's steps.
+        outer_lr: peak learning rate of outer steps. Default: lr.
+        epochs: passes over a task's training rows.
+        steps_per_task: optimizer steps for each task, inner and outer together, instead of `epochs`.
+        batch_size: rows in an optimizer step.
+        outer_batch_size: rows in an outer step. Default: batch_size.
+        gradient_accumulation: micro-batches an optimizer step is split into. The step's loss is the mean over
+            all its label tokens (rows, for encoders), so this changes memory use and not the result.
+        warmup_steps: inner steps of linear warm-up in each task; at most a tenth of the task's steps are used.
+        weight_decay: decoupled weight decay of AdamW.
+        beta1: AdamW decay of the first moment.
+        beta2: AdamW decay of the second moment.
+        eps: AdamW epsilon.
+        max_grad_norm: global gradient norm is clipped to this; 0 turns clipping off.
+
+        memory_fraction: share of a finished task's training rows that goes to replay memory; at least one row.
+        memory_balanced: draw the memory rows evenly over the labels.
+
+        eval_split: rows to score: `test`, `validation`, or `heldout`, a part of train that is then not trained
+            on. Select on `heldout` only: validation and test share rows in the public benchmarks.
+        holdout: share of train held out when eval_split is `heldout`.
+        eval_mode: `generate`: greedy decoding and exact match (lower case, stripped), as in the paper; `rank`:
+            the label with the highest likelihood; `auto`: `generate`. Encoders always classify.
+        eval_batch_size: rows scored at once.
+        max_new_tokens: longest generated answer in tokens.
+        eval_forward: also score each task before anything is trained and right before its own training, which
+            gives forward transfer.
+
+        kif: switches of Recurrent-KIF.
+    """
+
+    model: str = ""
+    method: str = "recurrent-kif"
+    data: str | None = None
+    order: str | None = None
+    tasks: list[str] = field(default_factory=list)
+    output: str = "runs/latest"
+    seed: int = 0
+    device: str = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+    lora_r: int = 8
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
+    target_modules: list[str] | None = None
+    head: Literal["cosine", "linear"] = "cosine"
+    label_space: Literal["union", "task"] = "union"
+
+    max_length: int = 512
+    max_target_length: int = 128
+    limit_train: int | None = None
+    limit_eval: int | None = None
+    cache_dir: str | None = None
+
+    lr: float = 3e-4
+    outer_lr: float | None = None
+    epochs: int = 10
+    steps_per_task: int | None = None
+    batch_size: int = 8
+    outer_batch_size: int | None = None
+    gradient_accumulation: int = 1
+    warmup_steps: int = 50
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+
+    memory_fraction: float = 0.02
+    memory_balanced: bool = False
+
+    eval_split: Literal["test", "validation", "heldout"] = "test"
+    holdout: float = 0.1
+    eval_mode: Literal["auto", "generate", "rank"] = "auto"
+    eval_batch_size: int = 32
+    max_new_tokens: int = 128
+    eval_forward: bool = False
+
+    kif: KIFConfig = field(default_factory=KIFConfig)
+
+    def __post_init__(self) -> None:
+        positive = (
+            "lora_r", "lora_alpha", "max_length", "max_target_length", "limit_train", "limit_eval", "epochs",
+            "steps_per_task", "batch_size", "outer_batch_size", "gradient_accumulation", "eval_batch_size",
+            "max_new_tokens", "lr", "outer_lr", "eps",
+        )  # fmt: skip
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("beta1", "beta2", "lora_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        for name in ("memory_fraction", "holdout"):
+            if not 0.0 < getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+        if self.order is not None and self.tasks:
+            raise ValueError("give either order or tasks, not both")

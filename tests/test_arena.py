@@ -1,0 +1,147 @@
+"""The arena: views stay views, values survive, and a parameter that left is reported."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from kif.arena import ALIGNMENT, ArenaError, ParameterArena
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+@given(st.lists(st.lists(st.integers(1, 6), max_size=3), min_size=1, max_size=8))
+@settings(max_examples=30, deadline=None)
+def test_layout(shapes: list[list[int]]) -> None:
+    parameters = [(f"p{i}", nn.Parameter(torch.randn(shape))) for i, shape in enumerate(shapes)]
+    values = [p.detach().clone() for _, p in parameters]
+    arena = ParameterArena(parameters)
+    assert arena.numel == sum(v.numel() for v in values)
+    end = 0
+    for segment, (name, parameter), value in zip(arena.segments, parameters, values, strict=True):
+        assert segment.name == name and segment.start % ALIGNMENT == 0 and segment.start >= end
+        end = segment.start + segment.numel
+        assert torch.equal(parameter.data, value) and torch.equal(segment.view(arena.data), value)
+    padding = torch.ones_like(arena.data, dtype=torch.bool)
+    for segment in arena.segments:
+        padding[segment.start : segment.start + segment.numel] = False
+    assert int(padding.sum()) == arena.data.numel() - arena.numel
+    assert not arena.data[padding].any()
+
+
+def test_backward_accumulates_into_the_flat_gradient() -> None:
+    plain, ours = model(), model()
+    arena = ParameterArena.of(ours)
+    x = torch.randn(4, 5)
+    for net in (plain, ours):
+        net(x).sum().backward()
+        net(2 * x).pow(2).sum().backward()
+    for (_, grad), parameter in zip(arena.views(arena.grad), plain.parameters(), strict=True):
+        assert torch.equal(grad, parameter.grad)
+    arena.data.add_(1.0)
+    assert torch.allclose(ours[0].weight, plain[0].weight + 1.0)
+
+
+def test_gradients_set_to_none_or_replaced_come_back() -> None:
+    net = model()
+    arena = ParameterArena.of(net)
+    net(torch.randn(4, 5)).sum().backward()
+    net.zero_grad(set_to_none=True)
+    net[0].weight.grad = torch.full_like(net[0].weight, 3.0)
+    arena.check()
+    assert (net[0].weight.grad == 3.0).all() and not net[2].weight.grad.any()
+    net(torch.randn(4, 5)).sum().backward()
+    assert net[0].weight.grad.data_ptr() == arena.grad.data_ptr()
+
+
+def test_load_state_dict_and_deepcopy() -> None:
+    net, other = model(), model()
+    with torch.no_grad():
+        other[0].weight.fill_(9.0)
+    arena = ParameterArena.of(net)
+    net.load_state_dict(other.state_dict())
+    arena.check()
+    assert (arena.segments[0].view(arena.data) == 9.0).all()
+    state = copy.deepcopy(net.state_dict())
+    state["0.weight"].fill_(4.0)
+    net.load_state_dict(state, assign=True)
+    arena.check()
+    assert (arena.segments[0].view(arena.data) == 4.0).all()
+    assert net[0].weight.data_ptr() == arena.data.data_ptr()
+
+
+def test_the_arena_follows_a_moved_model() -> None:
+    net = model()
+    arena = ParameterArena.of(net)
+    arena.buffer("moment").fill_(2.0)
+    values = arena.data.clone()
+    net.to("meta")
+    net.to_empty(device="cpu")
+    for (_, view), parameter in zip(arena.views(values), net.parameters(), strict=True):
+        parameter.data.copy_(view)
+    arena.check()
+    assert torch.equal(arena.data, values)
+    assert net[2].bias.data_ptr() == arena.segments[-1].view(arena.data).data_ptr()
+    assert (arena.buffer("moment") == 2.0).all()
+
+
+def test_a_parameter_that_left_alone_is_named() -> None:
+    net = model()
+    arena = ParameterArena.of(net)
+    net[0].bias.data = torch.zeros(7)
+    with pytest.raises(ArenaError, match=r"0\.bias was re-assigned outside the arena \(1 of 4"):
+        arena.check()
+    arena.rebind()
+    arena.check()
+    net[2].weight = nn.Parameter(torch.ones(3, 7))
+    with pytest.raises(ArenaError, match=r"2\.weight was re-assigned"):
+        arena.check()
+    arena.rebind()
+    arena.check()
+    assert not arena.segments[1].view(arena.data).any()
+
+
+def test_a_changed_dtype_is_named() -> None:
+    net = model()
+    arena = ParameterArena.of(net)
+    net.half()
+    with pytest.raises(ArenaError, match=r"0\.weight is torch\.float16"):
+        arena.check()
+
+
+def test_what_cannot_be_in_an_arena_is_named() -> None:
+    p, q = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    cases = [
+        ([], "no trainable parameter"),
+        ([("a", p), ("b", p)], "a and b are the same tensor"),
+        ([("a", p), ("a", q)], "two parameters have the name a"),
+        ([("a", nn.Parameter(torch.zeros(2), requires_grad=False))], "a does not require"),
+        ([("a", nn.Parameter(torch.zeros(2, dtype=torch.bfloat16)))], "a is torch.bfloat16"),
+        ([("a", p), ("b", nn.Parameter(torch.zeros(2, device="meta")))], "b is on meta"),
+    ]
+    for parameters, message in cases:
+        with pytest.raises(ArenaError, match=message):
+            ParameterArena(parameters)
+
+
+def test_state_round_trip_and_mismatch() -> None:
+    a, b = ParameterArena.of(model()), ParameterArena.of(model())
+    a.data.normal_()
+    a.buffer("m").normal_()
+    b.buffer("stale").fill_(1.0)
+    b.load_state_dict(copy.deepcopy(a.state_dict()))
+    assert torch.equal(a.data, b.data) and torch.equal(a.buffer("m"), b.buffer("m")) and "stale" not in b.buffers
+    other = ParameterArena.of(nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4)))
+    with pytest.raises(ArenaError, match=r"'2\.weight', \(4, 7\).*'2\.weight', \(3, 7\)"):
+        other.load_state_dict(a.state_dict())
+    shorter = ParameterArena.of(nn.Sequential(nn.Linear(5, 7)))
+    with pytest.raises(ArenaError, match=r"here nothing, there \('2\.weight'"):
+        shorter.load_state_dict(a.state_dict())

@@ -1,0 +1,269 @@
+"""The engine against a per-tensor implementation written out here, for every switch and both presets."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kif.arena import ParameterArena
+from kif.config import KIFConfig
+from kif.engine import RecurrentKIF
+from kif.optimizer import OptimizerConfig
+
+SHAPES = {"a": (8, 5), "b": (3,), "c": (4, 33), "d": (1, 1)}
+OPTIMIZER = OptimizerConfig(betas=(0.9, 0.99), eps=1e-6, weight_decay=0.05, max_grad_norm=1.0)
+LR = 0.1  # large, so that a few steps change which elements are important
+SWITCHES: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "released-code": {**vars(KIFConfig.preset("released-code"))},
+    "alpha1": {"alpha1": 0.9},
+    "alpha2": {"alpha2": 0.8},
+    "alpha2_weighs": {"alpha2": 0.8, "alpha2_weighs": "old"},
+    "score": {"score": "ema_uncertainty", "uncertainty_decay": 0.7},
+    "importance_at": {"importance_at": "update"},
+    "density": {"density": 0.5},
+    "threshold_scope": {"threshold_scope": "tensor"},
+    "threshold": {"threshold": "interpolated"},
+    "mask": {"mask": "above"},
+    "fusion": {"fusion": "no-share"},
+    "no-masks": {"fusion": "no-masks"},
+    "outer_optimizer": {"outer_optimizer": "shared"},
+}
+
+
+def start_values() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    values = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    values["b"].zero_()  # as LoRA's B at the start
+    return values
+
+
+def gradients(step: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1000 + step)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+class PerTensor:
+    """Recurrent-KIF as one would write it naively: dictionaries of tensors, float64, one optimizer object each."""
+
+    def __init__(self, config: KIFConfig) -> None:
+        self.c = config
+        self.p = {n: nn.Parameter(v.double()) for n, v in start_values().items()}
+        make = lambda: torch.optim.AdamW(  # noqa: E731
+            self.p.values(), lr=1.0, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps, weight_decay=OPTIMIZER.weight_decay
+        )
+        self.inner = make()
+        self.outer = self.inner if config.outer_optimizer == "shared" else make()
+        zeros = lambda: {n: torch.zeros_like(p) for n, p in self.p.items()}  # noqa: E731
+        self.zeros = zeros
+        self.ema = {"in": zeros(), "out": zeros()}
+        self.unc = {"in": zeros(), "out": zeros()}
+
+    def step(self, side: str | None, grads: dict[str, Tensor], lr: float) -> None:
+        optimizer = self.outer if side == "out" else self.inner
+        raw = {n: g.double() for n, g in grads.items()}
+        before = {n: p.detach().clone() for n, p in self.p.items()}
+        for n, p in self.p.items():
+            p.grad = raw[n].clone()
+        nn.utils.clip_grad_norm_(self.p.values(), OPTIMIZER.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        if side is None:
+            return
+        for n, p in self.p.items():
+            s = (before[n] * raw[n]).abs() if self.c.importance_at == "gradient" else (p.detach() * p.grad).abs()
+            new = 1 - self.c.alpha1
+            if side == "out":
+                new = self.c.alpha2 if self.c.alpha2_weighs == "new" else 1 - self.c.alpha2
+            self.ema[side][n] = (1 - new) * self.ema[side][n] + new * s
+            u = self.c.uncertainty_decay
+            self.unc[side][n] = u * self.unc[side][n] + (1 - u) * (s - self.ema[side][n]).abs()
+
+    def masks(self, side: str) -> dict[str, Tensor]:
+        with_uncertainty = self.c.score == "ema_uncertainty"
+        scores = {n: e * self.unc[side][n] if with_uncertainty else e for n, e in self.ema[side].items()}
+        scopes = [[n] for n in scores] if self.c.threshold_scope == "tensor" else [list(scores)]
+        masks = {}
+        for names in scopes:
+            everything = np.concatenate([scores[n].flatten().numpy() for n in names])
+            if self.c.threshold == "interpolated":
+                delta = np.quantile(everything, 1 - self.c.density)
+            else:
+                delta = np.sort(everything)[::-1][max(1, math.ceil(self.c.density * len(everything))) - 1]
+            for n in names:
+                masks[n] = scores[n] > delta if self.c.mask == "above" else scores[n] >= delta
+        return masks
+
+    def round(self, inner: list[dict[str, Tensor]], outer: list[dict[str, Tensor]], lr: float) -> None:
+        theta_0 = {n: p.detach().clone() for n, p in self.p.items()}
+        self.ema["in"], self.unc["in"] = self.zeros(), self.zeros()
+        for grads in inner:
+            self.step("in", grads, lr)
+        theta_q = {n: p.detach().clone() for n, p in self.p.items()}
+        for grads in outer:
+            self.step("out", grads, 2 * lr)
+        m_in, m_out = self.masks("in"), self.masks("out")
+        weights = {
+            "paper": {(1, 1): (1, 1), (1, 0): (1, 0), (0, 1): (0, 1), (0, 0): (0, 0)},
+            "released-code": {(1, 1): (0.4, 0.6), (1, 0): (1, 0), (0, 1): (0, 1), (0, 0): (0.5, 0.5)},
+            "no-share": {(1, 1): (0, 1), (1, 0): (1, 0), (0, 1): (0, 1), (0, 0): (0, 0)},
+            "no-masks": {(1, 1): (1, 1), (1, 0): (1, 1), (0, 1): (1, 1), (0, 0): (1, 1)},
+        }[self.c.fusion]
+        for n, p in self.p.items():
+            for i in np.ndindex(*p.shape):
+                w_in, w_out = weights[(int(m_in[n][i]), int(m_out[n][i]))]
+                tau_in, tau_out = theta_q[n][i] - theta_0[n][i], p.detach()[i] - theta_q[n][i]
+                p.data[i] = theta_0[n][i] + w_in * tau_in + w_out * tau_out
+
+
+def engine(config: KIFConfig) -> tuple[RecurrentKIF, dict[str, nn.Parameter]]:
+    parameters = {name: nn.Parameter(value) for name, value in start_values().items()}
+    return RecurrentKIF(ParameterArena(parameters.items()), config, OPTIMIZER), parameters
+
+
+def feed(parameters: dict[str, nn.Parameter], grads: dict[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.grad.copy_(grads[name])
+
+
+def run_round(kif: RecurrentKIF, parameters: dict[str, nn.Parameter], start: int, inner: int, outer: int) -> int:
+    for _ in range(inner):
+        feed(parameters, gradients(start))
+        kif.inner_step(LR)
+        start += 1
+    for _ in range(outer):
+        feed(parameters, gradients(start))
+        kif.outer_step(2 * LR)
+        start += 1
+    kif.fuse()
+    return start
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_every_switch_equals_the_per_tensor_implementation(name: str) -> None:
+    config = KIFConfig(**{"inner_steps": 3, "outer_steps": 2, **SWITCHES[name]})
+    kif, parameters = engine(config)
+    naive = PerTensor(config)
+    for step in range(2):  # the first task is plain LoRA
+        feed(parameters, gradients(step))
+        kif.plain_step(0.01)
+        naive.step(None, gradients(step), 0.01)
+    # a new task starts with fresh moments
+    kif.begin_task()
+    fresh = PerTensor(config)
+    for n in SHAPES:
+        fresh.p[n].data.copy_(naive.p[n].data)
+    step = 2
+    for inner, outer in [(3, 2), (3, 2), (3, 1), (1, 2)]:  # the last rounds of a task may be short
+        after = run_round(kif, parameters, step, inner, outer)
+        fresh.round(
+            [gradients(s) for s in range(step, step + inner)],
+            [gradients(s) for s in range(step + inner, after)],
+            LR,
+        )
+        step = after
+        for n in SHAPES:
+            torch.testing.assert_close(parameters[n].detach().double(), fresh.p[n].detach(), rtol=1e-4, atol=2e-5)
+    assert not kif.arena.grad.any()
+
+
+def test_each_switch_matters() -> None:
+    def end(overrides: dict[str, Any]) -> Tensor:
+        kif, parameters = engine(KIFConfig(**{"inner_steps": 3, "outer_steps": 2, **overrides}))
+        step = run_round(kif, parameters, 0, 3, 2)
+        run_round(kif, parameters, step, 3, 2)
+        return kif.arena.data.clone()
+
+    paper = end({})
+    for name, overrides in SWITCHES.items():
+        if name not in ("paper", "mask", "threshold"):  # these two move a single element at most
+            assert not torch.equal(end(overrides), paper), name
+    assert torch.equal(end({}), paper)
+
+
+def test_a_round_without_outer_steps_keeps_the_masked_inner_task_vector() -> None:
+    kif, parameters = engine(KIFConfig(density=0.25))
+    before = kif.arena.data.clone()
+    run_round(kif, parameters, 0, 2, 0)
+    moved = (kif.arena.data != before).sum().item()
+    assert moved == math.ceil(0.25 * kif.arena.numel)
+
+
+def test_density_limits() -> None:
+    kif, parameters = engine(KIFConfig(density=1.0))
+    run_round(kif, parameters, 0, 2, 2)
+    plain, plain_parameters = engine(KIFConfig(fusion="no-masks"))
+    run_round(plain, plain_parameters, 0, 2, 2)
+    torch.testing.assert_close(kif.arena.data, plain.arena.data)
+    kif, parameters = engine(KIFConfig(density=0.0))
+    before = kif.arena.data.clone()
+    run_round(kif, parameters, 0, 2, 2)
+    assert 1 <= (kif.arena.data != before).sum().item() <= 2
+
+
+def test_a_non_finite_gradient_skips_the_whole_step() -> None:
+    kif, parameters = engine(KIFConfig())
+    feed(parameters, gradients(0))
+    kif.inner_step(0.01)
+    before = copy.deepcopy(kif.state_dict())
+    for bad in (float("nan"), float("inf")):
+        feed(parameters, gradients(1))
+        parameters["c"].grad[1, 2] = bad
+        kif.inner_step(0.01)
+    assert kif.skipped.item() == 2
+    assert torch.equal(kif.arena.data, before["arena"]["data"])
+    for name, buffer in before["arena"]["buffers"].items():
+        assert torch.equal(kif.arena.buffer(name), buffer), name
+    assert not kif.arena.grad.any()
+    feed(parameters, gradients(2))
+    kif.inner_step(0.01)
+    assert not torch.equal(kif.arena.data, before["arena"]["data"]) and kif.arena.data.isfinite().all()
+
+
+@pytest.mark.parametrize("preset", ["paper", "released-code"])
+def test_state_continues_in_the_middle_of_a_round_bit_for_bit(preset: str) -> None:
+    config = KIFConfig.preset(preset, inner_steps=3, outer_steps=2)
+    a, a_parameters = engine(config)
+    step = run_round(a, a_parameters, 0, 3, 2)
+    feed(a_parameters, gradients(step))
+    a.inner_step(0.01)
+    state = copy.deepcopy(a.state_dict())
+    b, b_parameters = engine(config)
+    b.load_state_dict(state)
+    for kif, parameters in ((a, a_parameters), (b, b_parameters)):
+        feed(parameters, gradients(step + 1))
+        kif.outer_step(0.02)
+        kif.fuse()
+        run_round(kif, parameters, step + 2, 3, 2)
+    assert torch.equal(a.arena.data, b.arena.data)
+    assert all(torch.equal(a.arena.buffer(n), b.arena.buffer(n)) for n in a.arena.buffers)
+
+
+def test_steps_out_of_order_are_refused() -> None:
+    kif, _ = engine(KIFConfig())
+    with pytest.raises(RuntimeError, match="outer_step before inner_step"):
+        kif.outer_step(0.1)
+    with pytest.raises(RuntimeError, match="nothing to fuse"):
+        kif.fuse()
+    kif.inner_step(0.1)
+    with pytest.raises(RuntimeError, match="middle of a round"):
+        kif.plain_step(0.1)
+    kif.outer_step(0.1)
+    with pytest.raises(RuntimeError, match="inner_step after outer_step"):
+        kif.inner_step(0.1)
+
+
+def test_config_refuses_what_makes_no_sense() -> None:
+    with pytest.raises(ValueError, match=r"kif\.density must lie"):
+        KIFConfig(density=1.2)
+    with pytest.raises(ValueError, match=r"kif\.outer_steps must be at least 1"):
+        KIFConfig(outer_steps=0)
+    with pytest.raises(ValueError, match="unknown preset 'papre'"):
+        KIFConfig.preset("papre")
