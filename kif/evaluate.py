@@ -1,0 +1,112 @@
+"""Scoring a task: answers in batches of rows alike in length, then exact match or Rouge-L."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from kif.families import LanguageModel
+from kif.tasks import Example, Task
+from kif.tokenization import TokenCache
+
+
+@dataclass
+class Evaluation:
+    """Result of scoring a task.
+
+    Args:
+        score: mean over the rows, in percent.
+        predictions: the answers, in the rows' order.
+        seconds: time for tokenisation, answers and scoring.
+    """
+
+    score: float
+    predictions: list[str]
+    seconds: float
+
+
+def evaluate(
+    lm: LanguageModel,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    mode: str,
+    batch_size: int,
+    max_new_tokens: int,
+    cache: TokenCache | None = None,
+) -> Evaluation:
+    """Answer `examples` and score the answers by the task's metric.
+
+    The model is in evaluation mode meanwhile and returns to its former mode; no random numbers are drawn, so
+    training goes on as if nothing had been scored.
+
+    Args:
+        lm: model with adapter.
+        task: the rows' task.
+        examples: the rows.
+        mode: `generate` (greedy) or `rank` (label with the highest likelihood); `auto` is `generate`.
+        batch_size: rows answered at once.
+        max_new_tokens: longest generated answer in tokens.
+        cache: where tokenised rows are kept; None: tokenised here.
+    Raises: ValueError without rows, for an unknown mode and for ranking in a task without a label list.
+    """
+    if not examples:
+        raise ValueError(f"task {task.name!r}: there are no rows to score")
+    if mode not in ("auto", "generate", "rank"):
+        raise ValueError(f"unknown evaluation mode {mode!r}; there are auto, generate and rank")
+    how = cast(Literal["generate", "rank"], "generate" if mode == "auto" else mode)
+    start = time.perf_counter()
+    rows = (cache or TokenCache(None)).encode(lm, task, examples)
+    # longest first: memory runs out at once or not at all
+    order = sorted(range(len(rows)), key=lambda i: lm.token_cost(rows[i]), reverse=True)
+    predictions = [""] * len(rows)
+    modes = {module: module.training for module in lm.model.modules()}
+    lm.model.eval()
+    try:
+        for first in range(0, len(order), batch_size):
+            batch = order[first : first + batch_size]
+            for i, text in zip(batch, lm.answer(task, [rows[i] for i in batch], how, max_new_tokens), strict=True):
+                predictions[i] = text
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    score = mean_score(task.metric, predictions, [example.references for example in examples])
+    return Evaluation(score, predictions, time.perf_counter() - start)
+
+
+def mean_score(
+    metric: Literal["accuracy", "rougeL"], predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> float:
+    """Mean over the rows in percent.
+
+    `accuracy`: the answer is one of the references, white space at the ends and case aside. `rougeL`: F-measure of
+    the longest common subsequence of stemmed words, the highest over the references, as Super-NaturalInstructions
+    scores it.
+    """
+    if metric == "accuracy":
+        hits = [
+            normal(answer) in {normal(reference) for reference in acceptable}
+            for answer, acceptable in zip(predictions, references, strict=True)
+        ]
+        return 100.0 * sum(hits) / len(hits)
+    scorer = _rouge_scorer()
+    scores = [
+        max(scorer.score(reference, answer)["rougeL"].fmeasure for reference in acceptable)
+        for answer, acceptable in zip(predictions, references, strict=True)
+    ]
+    return 100.0 * sum(scores) / len(scores)
+
+
+def normal(answer: str) -> str:
+    """The form in which answers are compared."""
+    return answer.strip().lower()
+
+
+def _rouge_scorer() -> Any:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise ImportError("Rouge-L needs the package rouge_score: pip install rouge_score") from error
+    return RougeScorer(["rougeL"], use_stemmer=True)

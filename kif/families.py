@@ -1,0 +1,226 @@
+"""What all model families share: rows as token ids, batches, and prompts that are cut inside the text only.
+
+The families are in `kif.seq2seq`, `kif.decoder` (what these two share: `kif.generative`) and `kif.encoder`;
+`kif.models` loads them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from kif.tasks import Example, Task
+
+Family = Literal["encoder-decoder", "decoder", "encoder"]
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A row as token ids.
+
+    Args:
+        input_ids: the prompt (encoders: the text).
+        target: the label's tokens with the end-of-sequence token; for encoders the index of its class.
+        task: name of the row's task.
+        truncated: whether the prompt was cut.
+    """
+
+    input_ids: tuple[int, ...]
+    target: tuple[int, ...]
+    task: str
+    truncated: bool
+
+    @property
+    def length(self) -> int:
+        """Input and target tokens together, for sorting rows by length."""
+        return len(self.input_ids) + len(self.target)
+
+
+class LanguageModel(ABC):
+    """A base model with its adapter: text in, loss or answers out.
+
+    Args:
+        model: the PEFT model, on the device it is to run on.
+        tokenizer: its tokenizer, with offsets ("fast") and a padding token.
+        max_length: longest prompt in tokens.
+        max_target_length: longest target in tokens.
+
+    Class attributes:
+        family: kind of model.
+    """
+
+    family: ClassVar[Family]
+
+    def __init__(self, model: Any, tokenizer: Any, *, max_length: int, max_target_length: int) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.max_length, self.max_target_length = max_length, max_target_length
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def base(self) -> Any:
+        """The transformers model with the adapter's layers in it."""
+        return self.model.get_base_model()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of everything but the texts that `encode` depends on: tokenizer, family, lengths."""
+        return hashlib.sha256(json.dumps(self._encoding_settings(), sort_keys=True).encode()).hexdigest()
+
+    def encode(self, task: Task, examples: Sequence[Example]) -> list[Encoded]:
+        """Token ids of prompts and labels.
+
+        A prompt above `max_length` loses the end of its input text, so that instruction and template stay whole.
+
+        Raises: ValueError if instruction and template alone exceed `max_length`; encoders: for a task without a
+            label list and for labels outside it.
+        """
+        if not examples:
+            return []
+        prompts = self._tokenize_prompts(task, [self._prompt_parts(task, example) for example in examples])
+        targets = self._targets(task, [example.label for example in examples])
+        return [
+            Encoded(ids, target, task.name, truncated)
+            for (ids, truncated), target in zip(prompts, targets, strict=True)
+        ]
+
+    def token_cost(self, row: Encoded) -> int:
+        """Tokens that the row puts into a batch, for sorting rows by length."""
+        return row.length
+
+    def label_count(self, rows: Sequence[Encoded]) -> int:
+        """The number that `loss` is a sum over: label tokens (encoders: rows)."""
+        return sum(len(row.target) for row in rows)
+
+    @abstractmethod
+    def collate(self, rows: Sequence[Encoded]) -> Batch:
+        """A training batch on the CPU, padded on the right to its longest row."""
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> tuple[Tensor, int]:
+        """(sum of the cross-entropies in fp32, number of label tokens; for encoders of rows).
+
+        Sums of micro-batches add up to the sum of the whole batch. Moves the batch to the device.
+        """
+
+    @abstractmethod
+    def answer(
+        self, task: Task, rows: Sequence[Encoded], mode: Literal["generate", "rank"], max_new_tokens: int
+    ) -> list[str]:
+        """Answers to one batch of rows of `task`; the caller sets evaluation mode.
+
+        Args:
+            task: the rows' task.
+            rows: the batch.
+            mode: `generate`: greedy decoding; `rank`: the label with the highest log-likelihood, summed over its
+                tokens and the end of the sequence, the first of equals. Encoders classify, whatever the mode.
+            max_new_tokens: longest generated answer in tokens.
+        Raises: ValueError for another mode, and for ranking in a task without a label list.
+        """
+
+    @abstractmethod
+    def _targets(self, task: Task, labels: Sequence[str]) -> list[tuple[int, ...]]:
+        """Target token ids of labels."""
+
+    def _prompt_parts(self, task: Task, example: Example) -> tuple[str, str, str]:
+        """The prompt's text before, of and after the input."""
+        before, _, after = task.template.rpartition("{input}")
+        before, after = (part.replace("{instruction}", example.instruction) for part in (before, after))
+        if before + example.input + after != task.prompt(example):
+            raise ValueError(f"task {task.name!r}: the template must hold {{input}} once, got {task.template!r}")
+        return before, example.input, after
+
+    def _tokenize_prompts(
+        self, task: Task, prompts: Sequence[tuple[str, str, str]]
+    ) -> list[tuple[tuple[int, ...], bool]]:
+        """Token ids with special tokens, and whether the text was cut."""
+        encoding = self.tokenizer(
+            ["".join(parts) for parts in prompts],
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        result: list[tuple[tuple[int, ...], bool]] = []
+        for i, (before, text, _) in enumerate(prompts):
+            ids: list[int] = encoding["input_ids"][i]
+            surplus = len(ids) - self.max_length
+            if surplus > 0:
+                span = (len(before), len(before) + len(text))
+                shorter = cut_inside(
+                    ids, encoding["offset_mapping"][i], encoding["special_tokens_mask"][i], span, surplus
+                )
+                if shorter is None:
+                    raise ValueError(
+                        f"task {task.name!r}: max_length {self.max_length} leaves no room for the input text beside "
+                        f"instruction and template"
+                    )
+                ids = shorter
+            result.append((tuple(ids), surplus > 0))
+        return result
+
+    def _encoding_settings(self) -> dict[str, Any]:
+        backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        # state of the last call, not a property of the tokenizer
+        backend.pop("truncation", None)
+        backend.pop("padding", None)
+        return {
+            "family": self.family,
+            "tokenizer": backend,
+            "eos": self.tokenizer.eos_token_id,
+            "max_length": self.max_length,
+            "max_target_length": self.max_target_length,
+        }
+
+    def _padded_inputs(self, rows: Sequence[Encoded], side: Literal["left", "right"]) -> Batch:
+        """input_ids and attention_mask; the mask goes by length, since padding may share its id with EOS."""
+        inputs = [row.input_ids for row in rows]
+        return {
+            "input_ids": pad(inputs, self.tokenizer.pad_token_id, side),
+            "attention_mask": pad([(1,) * len(ids) for ids in inputs], 0, side),
+        }
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, side: Literal["left", "right"] = "right") -> Tensor:
+    """Rows of token ids as one int64 tensor, filled up with `value`."""
+    width = max(map(len, rows))
+    fill = [[value] * (width - len(row)) for row in rows]
+    if side == "left":
+        return torch.tensor([[*extra, *row] for extra, row in zip(fill, rows, strict=True)])
+    return torch.tensor([[*row, *extra] for extra, row in zip(fill, rows, strict=True)])
+
+
+def cut_inside(
+    ids: Sequence[int],
+    offsets: Sequence[tuple[int, int]],
+    special: Sequence[int],
+    span: tuple[int, int],
+    surplus: int,
+) -> list[int] | None:
+    """`ids` without at least `surplus` tokens at the end of the characters `span`, or None if it has too few tokens.
+
+    Tokens that reach over the span's ends count as outside and stay. At least one token of the span is left.
+    """
+    inside = [i for i, (a, b) in enumerate(offsets) if not special[i] and span[0] <= a and b <= span[1]]
+    kept = len(inside) - surplus
+    # a character of several tokens is dropped whole
+    while kept > 0 and offsets[inside[kept]][0] < offsets[inside[kept - 1]][1]:
+        kept -= 1
+    if kept < 1:
+        return None
+    return [*ids[: inside[kept]], *ids[inside[-1] + 1 :]]

@@ -1,0 +1,129 @@
+"""What a continual-learning method is to the training loop."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from kif.arena import ParameterArena
+from kif.config import RunConfig
+from kif.families import Batch, Encoded, LanguageModel
+from kif.optimizer import ArenaAdamW, OptimizerConfig, inspect_gradient
+from kif.tasks import Task
+from kif.timing import Stopwatch
+
+
+class Method(ABC):
+    """One way to learn tasks one after another. The loop owns data and order; a method owns parameters and updates.
+
+    The loop runs rounds: `inner_steps` times loss on new rows, backward and `inner_step`; `outer_steps` times
+    loss on memory rows, backward and `outer_step`; `end_round`. A method without an outer loop has
+    `outer_steps` 0. All other hooks have the behaviour of plain sequential LoRA.
+
+    Args:
+        lm: the model with its adapter.
+        config: the whole run's configuration.
+
+    Class attributes:
+        name: as on the command line.
+        summary: one line for `kif methods`.
+        source: where the method is from.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+
+    def __init__(self, lm: LanguageModel, config: RunConfig) -> None:
+        self.lm, self.config = lm, config
+        self.arena = ParameterArena.of(lm.model)
+        self.stopwatch = Stopwatch(self.arena.device)
+
+    @property
+    def label(self) -> str:
+        """Name with the variant, for tables."""
+        return self.name
+
+    @property
+    def inner_steps(self) -> int:
+        """Steps on new rows in a round; for methods without rounds, how often progress is logged."""
+        return 10
+
+    @property
+    def outer_steps(self) -> int:
+        """Steps on memory rows in a round of the present task."""
+        return 0
+
+    def phases(self, tasks: Sequence[Task]) -> list[list[Task]]:
+        """Which tasks are trained together, in order; evaluation follows each phase."""
+        return [[task] for task in tasks]
+
+    def begin_task(self, index: int, memory: Sequence[Encoded]) -> None:
+        """Before the phase `index` (from 0); `memory` holds rows of all tasks before it."""
+
+    def training_rows(self, rows: Sequence[Encoded], memory: Sequence[Encoded]) -> list[Encoded]:
+        """The rows that inner steps draw from, given the phase's own rows and the memory."""
+        return list(rows)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, int]:
+        """(sum of the loss, number it is a sum over) of a batch of new or memory rows."""
+        return self.lm.loss(batch)
+
+    @abstractmethod
+    def inner_step(self, lr: float) -> None:
+        """Update after backward on new rows; must zero the gradients."""
+
+    def outer_step(self, lr: float) -> None:
+        """Update after backward on memory rows; must zero the gradients."""
+        raise NotImplementedError(f"{self.name} has no outer loop")
+
+    def end_round(self) -> None:
+        """After the last step of a round."""
+
+    def end_task(self, index: int) -> None:
+        """After the last round of phase `index`, before evaluation."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the method's next step depends on."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+
+
+class SingleAdapterMethod(Method):
+    """One adapter continued over all tasks with AdamW; the optimizer starts anew with each task."""
+
+    def __init__(self, lm: LanguageModel, config: RunConfig) -> None:
+        super().__init__(lm, config)
+        self.optimizer = ArenaAdamW(self.arena, "adamw", optimizer_config(config))
+
+    def begin_task(self, index: int, memory: Sequence[Encoded]) -> None:
+        self.optimizer.reset()
+
+    def inner_step(self, lr: float) -> None:
+        self.arena.check()
+        with self.stopwatch.section("optimizer"):
+            self.optimizer.step(lr, inspect_gradient(self.arena.grad, self.config.max_grad_norm))
+        self.arena.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"arena": self.arena.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.arena.load_state_dict(state["arena"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def optimizer_config(config: RunConfig) -> OptimizerConfig:
+    """The AdamW part of a run's configuration."""
+    return OptimizerConfig(
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+    )

@@ -1,0 +1,67 @@
+"""Recurrent-KIF: the method of the paper, through the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kif.config import PRESETS, KIFConfig, RunConfig
+from kif.engine import RecurrentKIF
+from kif.families import Encoded, LanguageModel
+from kif.methods.base import Method, optimizer_config
+
+
+class RecurrentKIFMethod(Method):
+    """Rounds of Q inner and M outer steps with fusion; the first task, without memory, is plain LoRA (Algorithm 1)."""
+
+    name = "recurrent-kif"
+    summary = "inner loop on the new task, outer loop on replay memory, fused through importance masks"
+    source = "Recurrent-KIF, section 3 and Algorithm 1"
+
+    def __init__(self, lm: LanguageModel, config: RunConfig) -> None:
+        super().__init__(lm, config)
+        self.engine = RecurrentKIF(self.arena, config.kif, optimizer_config(config))
+        self.stopwatch = self.engine.stopwatch
+        self._has_memory = False
+
+    @property
+    def label(self) -> str:
+        kif = self.config.kif
+        if kif.fusion == "no-masks":
+            return f"{self.name} without masks (M={kif.outer_steps})"
+        for name in PRESETS:
+            if KIFConfig.preset(name, inner_steps=kif.inner_steps, outer_steps=kif.outer_steps) == kif:
+                return f"{self.name} {name} (M={kif.outer_steps})"
+        return f"{self.name} custom (M={kif.outer_steps})"
+
+    @property
+    def inner_steps(self) -> int:
+        return self.config.kif.inner_steps
+
+    @property
+    def outer_steps(self) -> int:
+        return self.config.kif.outer_steps if self._has_memory else 0
+
+    def begin_task(self, index: int, memory: Sequence[Encoded]) -> None:
+        self._has_memory = bool(memory)
+        self.engine.begin_task()
+
+    def inner_step(self, lr: float) -> None:
+        if self._has_memory:
+            self.engine.inner_step(lr)
+        else:
+            self.engine.plain_step(lr)
+
+    def outer_step(self, lr: float) -> None:
+        self.engine.outer_step(lr)
+
+    def end_round(self) -> None:
+        if self._has_memory:
+            self.engine.fuse()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"engine": self.engine.state_dict(), "has_memory": self._has_memory}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.engine.load_state_dict(state["engine"])
+        self._has_memory = state["has_memory"]

@@ -1,0 +1,231 @@
+"""A run from configuration to results: data, model, phases, evaluation, run folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kif import metrics
+from kif.config import RunConfig
+from kif.evaluate import Evaluation, evaluate
+from kif.families import Encoded, LanguageModel
+from kif.loop import Record, train_phase
+from kif.memory import ReplayMemory
+from kif.methods import METHODS, Method
+from kif.models import load_language_model
+from kif.progress import Progress
+from kif.tasks import Example, Task, hold_out, limit_rows, load_order, load_tasks
+from kif.tokenization import TokenCache
+
+RESULTS = "results.json"
+HOLD_OUT_SEED = 0
+
+
+def prepare_tasks(config: RunConfig) -> list[Task]:
+    """Read, check, split and limit the tasks that a configuration names, in training order.
+
+    The held-out split does not depend on the run's seed, so that runs of several seeds are scored on equal rows.
+    Raises: ValueError when no data or no task is named; DataError for anything wrong in the files.
+    """
+    folder = data_folder(config)
+    names = config.tasks or load_order(folder, config.order or "")
+    tasks = load_tasks(folder, names)
+    if config.eval_split == "heldout":
+        tasks = [hold_out(task, config.holdout, HOLD_OUT_SEED) for task in tasks]
+    return [replace(task, train=limit_rows(task.train, config.limit_train, f"{task.name}/train")) for task in tasks]
+
+
+def data_folder(config: RunConfig) -> Path:
+    """The folder of the tasks; `hub` downloads them first. Raises: ValueError without data, order or tasks."""
+    if not config.data:
+        raise ValueError("no data: give --data FOLDER or set KIF_DATA")
+    if not config.order and not config.tasks:
+        raise ValueError("no tasks: give --order NAME or --tasks NAME NAME ...")
+    if config.data != "hub":
+        return Path(config.data)
+    from kif.hub import ORDERS, download
+    from kif.tokenization import cache_folder
+
+    folder = cache_folder(config.cache_dir) / "hub"
+    download(config.tasks or ORDERS[config.order or ""]["tasks"], folder, seed=config.seed)
+    return folder
+
+
+def train(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
+    """Train the configured method on the task sequence, evaluating after each task; returns results.json's content.
+
+    Writes the run folder `config.output`: config.yaml, environment.json, metrics.jsonl, checkpoints/, adapter/ and,
+    last, results.json.
+    Raises: ValueError or DataError before training for anything wrong in configuration or data; FileExistsError
+        when the folder holds a run.
+    """
+    from kif.configfile import dump_config
+    from kif.doctor import environment
+
+    output = Path(config.output)
+    if output.exists() and any(output.iterdir()):
+        raise FileExistsError(f"{output} is not empty: choose another --output or remove it")
+    tasks = prepare_tasks(config)
+    torch.manual_seed(config.seed)
+    lm = load_language_model(config, {task.name: task.labels for task in tasks})
+    method = METHODS[config.method](lm, config)
+    cache = TokenCache(config.cache_dir)
+    encoded = {task.name: cache.encode(lm, task, task.train) for task in tasks}
+
+    output.mkdir(parents=True, exist_ok=True)
+    dump_config(config, output / "config.yaml")
+    (output / "environment.json").write_text(json.dumps({**environment(), "seed": config.seed}, indent=1) + "\n")
+    with (output / "metrics.jsonl").open("w") as stream, Progress(progress) as bar:
+        log = _logger(stream, bar)
+        results = _train_sequence(config, tasks, lm, method, encoded, cache, log, bar, output)
+    save_adapter(lm, output / "adapter")
+    (output / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def _train_sequence(
+    config: RunConfig,
+    tasks: Sequence[Task],
+    lm: LanguageModel,
+    method: Method,
+    encoded: dict[str, list[Encoded]],
+    cache: TokenCache,
+    log: Callable[[Record], None],
+    bar: Progress,
+    output: Path,
+) -> dict[str, Any]:
+    names = [task.name for task in tasks]
+    accuracy: list[list[float | None]] = [[None] * len(tasks) for _ in tasks]
+    memory = ReplayMemory(config.memory_fraction, config.memory_balanced, config.seed)
+    seconds = {"train": 0.0, "evaluate": 0.0}
+    steps = {"inner": 0, "outer": 0}
+    start = time.perf_counter()
+
+    def score(row: int, after: int | None) -> float:
+        began = time.perf_counter()
+        bar.say(f"scoring {names[row]}")
+        result = evaluate_task(config, lm, tasks[row], cache)
+        seconds["evaluate"] += time.perf_counter() - began
+        log({"event": "score", "task": names[row], "after": after, "score": result.score, "seconds": result.seconds})
+        return result.score
+
+    zero_shot = [score(row, None) for row in range(len(tasks))] if config.eval_forward else None
+    last = -1
+    for index, phase in enumerate(method.phases(tasks)):
+        if zero_shot and index > 0:
+            accuracy[last + 1][last] = score(last + 1, last)
+        last += len(phase)
+        began = time.perf_counter()
+        bar.start(f"task {last + 1}/{len(tasks)} {phase[-1].name}" if len(phase) == 1 else f"{len(phase)} tasks")
+        rows = [row for task in phase for row in encoded[task.name]]
+        made = train_phase(lm, method, config, index=index, tasks=len(phase), rows=rows, memory=memory.rows(), log=log)
+        steps = {kind: steps[kind] + made[kind] for kind in steps}
+        seconds["train"] += time.perf_counter() - began
+        for task in phase:
+            memory.add(task.name, encoded[task.name], [example.label for example in task.train])
+        save_adapter(lm, checkpoint_folder(output, last, names[last]))
+        for row in range(last + 1):
+            accuracy[row][last] = score(row, last)
+
+    return {
+        "method": method.name,
+        "label": method.label,
+        "model": Path(config.model).name,
+        "tasks": names,
+        "accuracy": accuracy,
+        "op": metrics.overall_performance(accuracy),
+        "bwt": None if len(method.phases(tasks)) < len(tasks) else metrics.backward_transfer(accuracy),
+        "fwt": metrics.forward_transfer(accuracy, zero_shot) if zero_shot and last > 0 and index > 0 else None,
+        "zero_shot": zero_shot,
+        "seconds": time.perf_counter() - start,
+        "time": {**seconds, **method.stopwatch.seconds()},
+        "steps": steps,
+        "seed": config.seed,
+        "eval_split": config.eval_split,
+        "eval_mode": config.eval_mode,
+    }
+
+
+def evaluate_task(config: RunConfig, lm: LanguageModel, task: Task, cache: TokenCache) -> Evaluation:
+    """Score one task on the configured split and rows."""
+    rows: tuple[Example, ...] = task.rows(config.eval_split)
+    rows = limit_rows(rows, config.limit_eval, f"{task.name}/{config.eval_split}")
+    mode = "generate" if config.eval_mode == "auto" else config.eval_mode
+    return evaluate(
+        lm, task, rows, mode=mode, batch_size=config.eval_batch_size, max_new_tokens=config.max_new_tokens, cache=cache
+    )
+
+
+def evaluate_run(
+    run: Path,
+    *,
+    adapter: Path | None = None,
+    checkpoint: int | None = None,
+    progress: bool = True,
+    **changes: Any,
+) -> dict[str, Any]:
+    """Score a saved adapter of a finished run on the tasks of its configuration.
+
+    Args:
+        run: run folder.
+        adapter: adapter folder; default: the run's final one.
+        checkpoint: instead, the adapter after this task, counted from 1.
+        progress: show a progress bar.
+        changes: configuration fields to replace, such as eval_split, eval_mode, limit_eval or data.
+    Returns: {"adapter", "tasks", "scores" (percent, in training order), "op" (their mean), "seconds"}.
+    Raises: FileNotFoundError naming the missing file; ValueError for adapter and checkpoint both.
+    """
+    from kif.configfile import load_config
+
+    if adapter is not None and checkpoint is not None:
+        raise ValueError("give either an adapter folder or a checkpoint number, not both")
+    config = replace(load_config(run / "config.yaml"), **changes)
+    tasks = prepare_tasks(config)
+    if checkpoint is not None:
+        if not 1 <= checkpoint <= len(tasks):
+            raise ValueError(f"checkpoint must lie between 1 and {len(tasks)}, got {checkpoint}")
+        adapter = checkpoint_folder(run, checkpoint - 1, tasks[checkpoint - 1].name)
+    folder = adapter or run / "adapter"
+    if not (folder / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{folder / 'adapter_config.json'} does not exist: no adapter there")
+    lm = load_language_model(config, {task.name: task.labels for task in tasks}, adapter=folder)
+    cache = TokenCache(config.cache_dir)
+    start = time.perf_counter()
+    scores = []
+    with Progress(progress) as bar:
+        for task in tasks:
+            bar.say(f"scoring {task.name}")
+            scores.append(evaluate_task(config, lm, task, cache).score)
+    return {
+        "adapter": str(folder),
+        "tasks": [task.name for task in tasks],
+        "scores": scores,
+        "op": sum(scores) / len(scores),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def checkpoint_folder(run: Path, index: int, task: str) -> Path:
+    """Where the adapter after task `index` (from 0) is kept."""
+    return run / "checkpoints" / f"task-{index + 1:02d}-{task}"
+
+
+def save_adapter(lm: LanguageModel, folder: Path) -> None:
+    """Write the adapter as a plain PEFT folder (adapter_model.safetensors, adapter_config.json)."""
+    lm.model.save_pretrained(str(folder), safe_serialization=True)
+
+
+def _logger(stream: Any, bar: Progress) -> Callable[[Record], None]:
+    def log(record: Record) -> None:
+        stream.write(json.dumps(record) + "\n")
+        stream.flush()
+        if "loss" in record:
+            bar.update(record)
+
+    return log

@@ -1,0 +1,58 @@
+"""Encoder-decoder models (T5 and its like): the prompt goes into the encoder, the label comes out of the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kif.families import Batch, Encoded, pad
+from kif.generative import IGNORE, RANK_ELEMENTS, GenerativeModel, log_likelihood, summed_cross_entropy
+from kif.tasks import Task
+
+
+class EncoderDecoderModel(GenerativeModel):
+    """T5-like. A target is the label as the tokenizer writes target texts, with EOS; the model shifts it by itself."""
+
+    family = "encoder-decoder"
+
+    def _targets(self, task: Task, labels: Sequence[str]) -> list[tuple[int, ...]]:
+        encoding = self.tokenizer(text_target=list(labels), return_attention_mask=False, verbose=False)
+        return [self._end(ids) for ids in encoding["input_ids"]]
+
+    def collate(self, rows: Sequence[Encoded]) -> Batch:
+        return {**self._padded_inputs(rows, "right"), "labels": pad([row.target for row in rows], IGNORE)}
+
+    def loss(self, batch: Batch) -> tuple[Tensor, int]:
+        inputs = self._to_device(batch)
+        decoder_input_ids = self.base.prepare_decoder_input_ids_from_labels(labels=inputs.pop("labels"))
+        logits = self.model(**inputs, decoder_input_ids=decoder_input_ids, use_cache=False).logits
+        return summed_cross_entropy(logits, batch["labels"])
+
+    def _generate(self, rows: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+        inputs = self._to_device(self._padded_inputs(rows, "right"))
+        settings = self._greedy(max_new_tokens)
+        settings.decoder_start_token_id = self.base.generation_config.decoder_start_token_id
+        sequences = self.model.generate(**inputs, generation_config=settings)
+        texts: list[str] = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
+        return texts
+
+    def _rank(self, rows: Sequence[Encoded], candidates: Sequence[tuple[int, ...]]) -> Tensor:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        inputs = self._to_device(self._padded_inputs(rows, "right"))
+        states = self.base.get_encoder()(**inputs).last_hidden_state
+        labels = pad(candidates, IGNORE).to(self.device)
+        per_label = len(rows) * labels.size(1) * self.base.config.vocab_size + states.numel()
+        scores = []
+        for part in labels.split(max(1, RANK_ELEMENTS // per_label)):
+            tiled = part.repeat(len(rows), 1)
+            logits = self.model(
+                encoder_outputs=BaseModelOutput(last_hidden_state=states.repeat_interleave(len(part), 0)),
+                attention_mask=inputs["attention_mask"].repeat_interleave(len(part), 0),
+                decoder_input_ids=self.base.prepare_decoder_input_ids_from_labels(labels=tiled),
+                use_cache=False,
+            ).logits
+            scores.append(log_likelihood(logits, tiled).view(len(rows), len(part)))
+        return torch.cat(scores, 1)

@@ -1,0 +1,120 @@
+"""Tiny random models with tokenizers of their own, written to a folder in milliseconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers.decoders import ByteLevel
+
+Kind = Literal["t5", "llama", "bert"]
+
+WORDS = (
+    "What is the topic of the following paragraph? Choose one from the option. Option: World, Sports, Business, "
+    "Science or Technology, True, False, positive, negative, Good, Bad.\nTitle: Text: word: Answer: the market rose "
+    "and the team won the match while the movie was good and the product was bad"
+)
+
+
+def build_tiny(kind: Kind, folder: str | Path) -> Path:
+    """Write a random model (`t5`, `llama` or `bert`) and a byte-level BPE tokenizer to `folder`; the same each time.
+
+    About 20,000 parameters. The Llama tokenizer has no padding token, as the real one. The global random state
+    stays as it was.
+    """
+    folder = Path(folder)
+    tokenizer = _tokenizer(kind)
+    tokenizer.save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = _model(kind, tokenizer)
+    # random weights of usual size give nearly equal logits
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8 if kind != "t5" else 1.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+def _tokenizer(kind: Kind) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    special = {
+        "t5": ["<pad>", "</s>", "<unk>"],
+        "llama": ["<unk>", "<s>", "</s>"],
+        "bert": ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
+    }[kind]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([WORDS], trainer)
+    form = {"t5": "$A </s>", "llama": "<s> $A", "bert": "[CLS] $A [SEP]"}[kind]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=form, special_tokens=[(token, tokenizer.token_to_id(token)) for token in special]
+    )
+    names = {
+        "t5": {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},
+        "llama": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+        "bert": {
+            "pad_token": "[PAD]",
+            "unk_token": "[UNK]",
+            "cls_token": "[CLS]",
+            "sep_token": "[SEP]",
+            "mask_token": "[MASK]",
+        },
+    }[kind]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **names)
+
+
+def _model(kind: Kind, tokenizer: Any) -> Any:
+    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+    if kind == "t5":
+        return T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=len(tokenizer),
+                d_model=16,
+                d_kv=8,
+                d_ff=32,
+                num_layers=1,
+                num_decoder_layers=1,
+                num_heads=2,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                decoder_start_token_id=tokenizer.pad_token_id,
+            )
+        )
+    if kind == "llama":
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                max_position_embeddings=2048,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        )
+    return BertModel(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=512,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
