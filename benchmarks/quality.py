@@ -103,7 +103,9 @@ def main() -> None:
 
     cells: dict[tuple[str, str, int], RunConfig] = {}
     for seed, order, variant in itertools.product(args.seeds, args.orders, args.variants):
-        name = "".join(c if c.isalnum() else "-" for c in f"{variant}-{order}-{seed}-{args.split}-{args.lr}-{args.steps}")
+        name = "".join(
+            c if c.isalnum() else "-" for c in f"{variant}-{order}-{seed}-{args.split}-{args.lr}-{args.steps}"
+        )
         config = RunConfig(
             model=args.model,
             data=args.data,

@@ -43,7 +43,8 @@ def dump_config(config: RunConfig, path: str | Path) -> None:
     """Write `config` as YAML with every field spelled out; `load_config` reads back an equal object."""
     import yaml
 
-    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    # other than ASCII is escaped: PyYAML would write U+0085 raw and read it back as a space
+    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
     Path(path).write_text(text, encoding="utf-8")
 
 
@@ -137,7 +138,8 @@ class _KIFOptions(KIFConfig):
         preset: set of switches to start from; the others override it.
     """
 
-    preset: Literal["paper", "released-code"] = "paper"
+    # hides the class method of this name, which options do not need
+    preset: Literal["paper", "released-code"] = "paper"  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         """Ranges are checked once, in `_build`."""
@@ -273,13 +275,13 @@ def _suggestion(key: str) -> str:
     leaf = key.removeprefix("kif.")
     plain = leaf.lower().replace("-", "_")
     found = plain if plain in leaves else nearest(leaf, same) or nearest(leaf, leaves)
-    return f"; did you mean {leaves[found]!r}?" if found else "; `kif train --help` lists the fields"
+    return f"; did you mean {leaves[found]!r}?" if found else "; `kif train --help` lists them all"
 
 
 def _unknown_option(tokens: Sequence[str]) -> str:
     option = next((token for token in tokens if token.startswith("-")), None)
     if option is None:
-        return f"command line: unexpected argument {tokens[0]!r}; `kif train --help` lists the options"
+        return f"command line: unexpected argument {tokens[0]!r}; `kif train --help` lists them all"
     name = option.lstrip("-").split("=")[0]
     suggestion = _suggestion(name).replace("_", "-").replace("mean '", "mean '--")
     return f"command line: unknown option {option!r}{suggestion}"

@@ -22,10 +22,10 @@ def run_demo(output: Path, data: str | None, model: str | None, steps: int | Non
 
     Args:
         output: folder for the three runs, the table and the pictures; must be empty or new.
-        data: task folder; its order `demo`, or its first order, is trained. Default: KIF_DATA is not consulted, the
-            demo's own tasks are built from the packages of the `demo` extra.
+        data: task folder; its order `demo`, or its first order, is trained. None: the demo's own tasks, built from
+            the packages of the `demo` extra.
         model: folder or hub name of the model. Default: the MiniLM encoder of the `demo` extra.
-        steps: optimizer steps for each task and method.
+        steps: optimizer steps for each task and method; None: 72.
         seed: seed of all three runs.
     Returns: 0.
     Raises: FileNotFoundError naming the extra to install when a package of the demo is missing.
@@ -41,8 +41,9 @@ def run_demo(output: Path, data: str | None, model: str | None, steps: int | Non
         "data": str(folder),
         "order": _order(folder),
         "seed": seed,
-        "steps_per_task": steps or 96,
+        "steps_per_task": steps or 72,
         "max_length": 64,
+        "limit_eval": 150,
         "max_target_length": 16,
         "max_new_tokens": 16,
         "lr": 1e-3,

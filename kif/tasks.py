@@ -113,7 +113,7 @@ def load_tasks(folder: str | Path, names: Sequence[str]) -> list[Task]:
         raise DataError(f"no task is named; there are {', '.join(available)}", folder)
     for name, count in Counter(names).items():
         if name not in available:
-            raise DataError(f"unknown task {name!r}; {_suggest(name, available)}", folder)
+            raise DataError(f"unknown task {name!r}; {suggest(name, available)}", folder)
         if count > 1:
             raise DataError(f"task {name!r} is named {count} times", folder)
     manifest = _read_object(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
@@ -132,7 +132,7 @@ def load_order(folder: str | Path, order: str) -> list[str]:
         raise DataError("no such file, so there are no named orders; name the tasks themselves", path)
     orders = _read_object(path)
     if order not in orders:
-        raise DataError(f"unknown order {order!r}; {_suggest(order, list(orders))}", path)
+        raise DataError(f"unknown order {order!r}; {suggest(order, list(orders))}", path)
     tasks = orders[order].get("tasks") if isinstance(orders[order], dict) else None
     if not isinstance(tasks, list) or not tasks or not all(isinstance(name, str) for name in tasks):
         raise DataError("must hold a list of task names", path, field=f"{order}.tasks")
@@ -202,7 +202,7 @@ def _folders(parent: Path) -> list[Path]:
         raise DataError(f"cannot be read: {error.strerror}", parent) from error
 
 
-def _suggest(name: str, known: Sequence[str]) -> str:
+def suggest(name: str, known: Sequence[str]) -> str:
     """What to say of an unknown name: the nearest known one, and what there is."""
     name, lower = name.lower(), {k.lower(): k for k in known}
     near = difflib.get_close_matches(name, lower, n=1) or [k for k in lower if name and k.startswith(name)]
@@ -312,7 +312,7 @@ def _example(path: Path, number: int, line: bytes, labels: tuple[str, ...] | Non
         if not answer.strip():
             raise DataError("is empty, so there is nothing to learn or score: delete this line", path, number, name)
         if labels is not None and answer not in labels:
-            raise DataError(f"{answer!r} is no label of this task; {_suggest(answer, labels)}", path, number, name)
+            raise DataError(f"{answer!r} is no label of this task; {suggest(answer, labels)}", path, number, name)
     return Example(instruction, source, label, tuple(dict.fromkeys(answer for _, answer in answers)))
 
 

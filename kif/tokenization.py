@@ -61,7 +61,7 @@ class TokenCache:
 
     def _write(self, path: Path, key: str, rows: Sequence[Encoded]) -> None:
         tensors = _to_tensors(rows)
-        content = save(tensors, metadata={"key": key, "checksum": _checksum(tensors)})
+        content = save(tensors, metadata={"check": _check(key, tensors)})
         temporary = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,8 +100,9 @@ def _to_tensors(rows: Sequence[Encoded]) -> dict[str, Tensor]:
     }
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _check(key: str, tensors: dict[str, Tensor]) -> str:
+    """Checksum of key and content, in one entry since safetensors writes several in random order."""
+    digest = hashlib.sha256(key.encode())
     for name in sorted(tensors):
         digest.update(name.encode() + tensors[name].numpy().tobytes())
     return digest.hexdigest()
@@ -112,10 +113,11 @@ def _read(path: Path, key: str, task: str, count: int) -> list[Encoded] | None:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError):
         return None
-    if metadata.get("key") != key or metadata.get("checksum") != _checksum(tensors):
+    if metadata.get("check") != _check(key, tensors):
         return None
     inputs = _split(tensors["input_ids"], tensors["input_lengths"])
     targets = _split(tensors["targets"], tensors["target_lengths"])

@@ -13,7 +13,7 @@ def backend_name(device_type: str) -> str:
     The environment variable KIF_BACKEND overrides the choice.
     Raises: ValueError when KIF_BACKEND names none of `BACKENDS`.
     """
-    wanted = os.environ.get("KIF_BACKEND", "reference")
+    wanted = os.environ.get("KIF_BACKEND") or "reference"
     if wanted not in BACKENDS:
         raise ValueError(f"KIF_BACKEND={wanted!r} on {device_type}: this version has {', '.join(BACKENDS)}")
     return wanted

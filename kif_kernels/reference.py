@@ -58,7 +58,7 @@ def score(weight: Tensor, grad: Tensor) -> Tensor:
 def importance_ema_(
     importance: Tensor, weight: Tensor, grad: Tensor, decay: float, *, skip: Tensor | None = None
 ) -> Tensor:
-    """importance <- decay * importance + (1 - decay) * |weight * grad|, in place (Eq. 3, 4; Eq. 7 with decay = 1 - alpha2).
+    """importance <- decay * importance + (1 - decay) * |weight * grad|, in place (Eq. 3, 4; Eq. 7: decay = 1 - alpha2).
 
     Args:
         importance: float32 state, any shape; overwritten.

@@ -13,7 +13,10 @@ from kif.families import Encoded
 
 
 def rows(lengths: list[int]) -> list[Encoded]:
-    return [Encoded(input_ids=(index,) * length, target=(1,), task="t", truncated=False) for index, length in enumerate(lengths)]
+    return [
+        Encoded(input_ids=(index,) * length, target=(1,), task="t", truncated=False)
+        for index, length in enumerate(lengths)
+    ]
 
 
 def identity(row: Encoded) -> int:

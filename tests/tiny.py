@@ -9,7 +9,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from tokenizers.decoders import ByteLevel
 
-Kind = Literal["t5", "llama", "bert"]
+from kif.tasks import Example, Task
+
+Kind = Literal["t5", "llama", "gpt2", "bert"]
 
 WORDS = (
     "What is the topic of the following paragraph? Choose one from the option. Option: World, Sports, Business, "
@@ -19,13 +21,14 @@ WORDS = (
 
 
 def build_tiny(kind: Kind, folder: str | Path) -> Path:
-    """Write a random model (`t5`, `llama` or `bert`) and a byte-level BPE tokenizer to `folder`; the same each time.
+    """Write a random model and a byte-level BPE tokenizer to `folder`; the same each time.
 
-    About 20,000 parameters. The Llama tokenizer has no padding token, as the real one. The global random state
+    About 20,000 parameters. `gpt2` has absolute positions. Its tokenizer is that of `llama`, which has no padding
+    token, as the real one. The global random state
     stays as it was.
     """
     folder = Path(folder)
-    tokenizer = _tokenizer(kind)
+    tokenizer = _tokenizer("llama" if kind == "gpt2" else kind)
     tokenizer.save_pretrained(folder)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
@@ -37,6 +40,37 @@ def build_tiny(kind: Kind, folder: str | Path) -> Path:
                 parameter.mul_(8 if kind != "t5" else 1.5)
     model.save_pretrained(folder)
     return folder
+
+
+def topic_task(rows: int = 8, template: str = "{instruction}{input}\nAnswer:") -> Task:
+    """A classification task of three labels with `rows` short texts of differing lengths."""
+    texts = ("the market rose", "the team won the match", "a", "Title: movie\nText: the movie was good {input} — é")
+    instruction = "What is the topic of the paragraph? Option: World, Sports, Science or Technology.\n"
+    labels = ("World", "Sports", "Science or Technology")
+    examples = tuple(
+        Example(instruction, " and ".join([texts[i % 4]] * (1 + i // 4)), labels[i % 3], (labels[i % 3],))
+        for i in range(rows)
+    )
+    return Task("topics", "accuracy", labels, template, examples, examples, examples)
+
+
+def sentiment_task() -> Task:
+    """A classification task of two labels, one of which `topic_task` has too."""
+    rows = (("the product was good", "World"), ("the product was bad", "Bad"))
+    examples = tuple(Example("World or Bad? ", text, label, (label,)) for text, label in rows)
+    return Task(
+        "sentiment", "accuracy", ("World", "Bad"), "{instruction}{input}\nAnswer:", examples, examples, examples
+    )
+
+
+def free_text_task() -> Task:
+    """A task without labels, with two references in its first row."""
+    examples = (
+        Example("Summarise. ", "the team won the match", "a team won", ("a team won", "they won")),
+        Example("Summarise. ", "the market rose", "markets up", ("markets up",)),
+    )
+    template = "Definition: {instruction}\n\nInput: {input}\nOutput: "
+    return Task("summaries", "rougeL", None, template, examples, examples, examples)
 
 
 def _tokenizer(kind: Kind) -> Any:
@@ -76,7 +110,16 @@ def _tokenizer(kind: Kind) -> Any:
 
 
 def _model(kind: Kind, tokenizer: Any) -> Any:
-    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+    from transformers import (
+        BertConfig,
+        BertModel,
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
 
     if kind == "t5":
         return T5ForConditionalGeneration(
@@ -90,7 +133,7 @@ def _model(kind: Kind, tokenizer: Any) -> Any:
                 num_heads=2,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
-                decoder_start_token_id=tokenizer.pad_token_id,
+                **{"decoder_start_token_id": tokenizer.pad_token_id},
             )
         )
     if kind == "llama":
@@ -103,6 +146,18 @@ def _model(kind: Kind, tokenizer: Any) -> Any:
                 num_attention_heads=2,
                 num_key_value_heads=2,
                 max_position_embeddings=2048,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        )
+    if kind == "gpt2":
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=len(tokenizer),
+                n_embd=16,
+                n_layer=1,
+                n_head=2,
+                n_positions=1024,
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,
             )

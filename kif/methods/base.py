@@ -61,7 +61,7 @@ class Method(ABC):
         """Which tasks are trained together, in order; evaluation follows each phase."""
         return [[task] for task in tasks]
 
-    def begin_task(self, index: int, memory: Sequence[Encoded]) -> None:
+    def begin_task(self, index: int, memory: Sequence[Encoded]) -> None:  # noqa: B027
         """Before the phase `index` (from 0); `memory` holds rows of all tasks before it."""
 
     def training_rows(self, rows: Sequence[Encoded], memory: Sequence[Encoded]) -> list[Encoded]:
@@ -80,10 +80,10 @@ class Method(ABC):
         """Update after backward on memory rows; must zero the gradients."""
         raise NotImplementedError(f"{self.name} has no outer loop")
 
-    def end_round(self) -> None:
+    def end_round(self) -> None:  # noqa: B027
         """After the last step of a round."""
 
-    def end_task(self, index: int) -> None:
+    def end_task(self, index: int) -> None:  # noqa: B027
         """After the last round of phase `index`, before evaluation."""
 
     @abstractmethod

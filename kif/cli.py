@@ -1,0 +1,241 @@
+"""The command `kif`: train, eval, report, methods, demo, doctor.
+
+Exit status: 0 only when all of it worked; 2 for bad usage, configuration or data, with one paragraph on stderr;
+1 for a run that failed; 130 when interrupted. Nothing heavy is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+
+from kif.doctor import extra_of
+
+Command = Callable[[Sequence[str]], int]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit status; `argv` defaults to the process's own arguments."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # a terminal that cannot show a character of a table is no reason to fail
+            stream.reconfigure(errors="replace")
+    try:
+        if arguments and arguments[0] in COMMANDS:
+            status = COMMANDS[arguments[0]](arguments[1:])
+        else:
+            status = _top_level(arguments)
+        sys.stdout.flush()
+        return status
+    except SystemExit as stop:  # argparse and tyro: --help, or a message already printed
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output went away, as in `kif methods | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ModuleNotFoundError as error:
+        wanted = _package(error.name or "")
+        if wanted is None:
+            return _failed(error)
+        return _complain(f"{error.name} is not installed; install it with: pip install {wanted}", 2)
+    except Exception as error:
+        return _complain(str(error), 2) if _refused(error) else _failed(error)
+
+
+def train(argv: Sequence[str]) -> int:
+    """Train a method on a sequence of tasks; writes a run folder and prints the scores."""
+    from kif.configfile import parse_run_config
+
+    config = parse_run_config(argv)
+    from kif.report import accuracy_matrix_table, comparison_table, parse_results
+    from kif.run import train as run_training
+
+    results = parse_results(run_training(config, progress=True), str(Path(config.output) / "results.json"))
+    print(accuracy_matrix_table(results))
+    print(comparison_table([results]))
+    print(f"run folder: {config.output}")
+    return 0
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """Score a finished run's adapter again, from its folder."""
+    parser = _parser("eval", evaluate)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder (default: RUN/adapter)")
+    which.add_argument("--checkpoint", type=_positive, metavar="N", help="the adapter after task N, counted from 1")
+    parser.add_argument("--split", choices=["test", "validation", "heldout"], help="rows to score (default: the run's)")
+    parser.add_argument("--eval-mode", choices=["auto", "generate", "rank"], help="how to score (default: the run's)")
+    parser.add_argument("--limit-eval", type=_positive, metavar="N", help="score at most N rows of each task")
+    parser.add_argument("--data", metavar="DIR", help="task folder (default: the run's; KIF_DATA if that is gone)")
+    options = parser.parse_args(argv)
+    if not (options.run / "config.yaml").is_file():
+        raise FileNotFoundError(f"{options.run / 'config.yaml'} does not exist: {options.run} is no run folder")
+    changes = {"eval_split": options.split, "eval_mode": options.eval_mode, "limit_eval": options.limit_eval}
+    changes["data"] = options.data or _moved_data(options.run)
+    changes = {name: value for name, value in changes.items() if value is not None}
+
+    from kif.report import scores_table
+    from kif.run import evaluate_run
+
+    found = evaluate_run(options.run, adapter=options.adapter, checkpoint=options.checkpoint, **changes)
+    print(scores_table(found["tasks"], found["scores"], title=f"{found['adapter']}, {found['seconds']:.0f} s"))
+    return 0
+
+
+def report(argv: Sequence[str]) -> int:
+    """Compare finished runs: a table here, pictures and a merged results.json in a folder."""
+    parser = _parser("report", report)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument("--output", type=Path, default=Path("report"), metavar="DIR", help="folder (default: report)")
+    options = parser.parse_args(argv)
+
+    from kif.report import accuracy_matrix_table, comparison_table, load_results, write_report
+
+    results = [load_results(run) for run in options.runs]
+    written = write_report(options.runs, options.output)
+    if len(results) == 1:
+        print(accuracy_matrix_table(results[0]))
+    print(comparison_table(results))
+    print("\n".join(f"written: {path}" for path in written))
+    return 0
+
+
+def methods(argv: Sequence[str]) -> int:
+    """List the methods that `kif train --method` knows, each with its source."""
+    _parser("methods", methods).parse_args(argv)
+    from kif.methods import METHODS
+
+    width = max(map(len, METHODS))
+    for name, method in METHODS.items():
+        print(f"{name:<{width}}  {method.summary} ({method.source})")
+    return 0
+
+
+def demo(argv: Sequence[str]) -> int:
+    """Train three methods on real text with a small real model and show what each forgets, in minutes on a CPU."""
+    parser = _parser("demo", demo)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
+    parser.add_argument("--data", metavar="DIR", help="another task folder (default: texts of the `demo` extra)")
+    parser.add_argument("--model", metavar="MODEL", help="another model, folder or hub name (default: MiniLM)")
+    parser.add_argument("--steps", type=_positive, metavar="N", help="optimizer steps for each task and method")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all runs (default: 0)")
+    options = parser.parse_args(argv)
+    from kif.demo import run_demo
+
+    data = options.data or os.environ.get("KIF_DATA")
+    return run_demo(options.output, data, options.model, options.steps, options.seed)
+
+
+def doctor(argv: Sequence[str]) -> int:
+    """Say what this machine has for training and what is missing; status 1 where training cannot work."""
+    parser = _parser("doctor", doctor)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--data", metavar="DIR", help="task folder to look at (default: KIF_DATA)")
+    options = parser.parse_args(argv)
+    import json
+
+    from kif.doctor import collect, render
+
+    found = collect(options.data)
+    print(json.dumps(found, indent=1) if options.json else render(found))
+    return 0 if found["ok"] else 1
+
+
+COMMANDS: dict[str, Command] = {
+    "train": train,
+    "eval": evaluate,
+    "report": report,
+    "methods": methods,
+    "demo": demo,
+    "doctor": doctor,
+}
+
+
+def _top_level(arguments: Sequence[str]) -> int:
+    """`kif`, `kif --help`, `kif --version`, and anything that is no command."""
+    if arguments and not arguments[0].startswith("-"):
+        from kif.configfile import nearest
+
+        close = nearest(arguments[0], COMMANDS)
+        hint = f"did you mean {close!r}? " if close else ""
+        return _complain(f"no command {arguments[0]!r}; {hint}there are {', '.join(COMMANDS)}", 2)
+    commands = "\n".join(f"  {name:<8} {inspect.getdoc(command)}" for name, command in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="kif",
+        description="Continual fine-tuning of language models with Recurrent-KIF and the methods it is compared with.",
+        epilog=f"commands:\n{commands}\n\n`kif COMMAND --help` describes a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"kif {_version()}")
+    parser.add_argument("command", metavar="COMMAND", nargs="?", help="one of those below, then its own options")
+    parser.parse_args(arguments)
+    parser.error(f"the first argument must be a command: {', '.join(COMMANDS)}")
+
+
+def _parser(name: str, command: Command) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"kif {name}", description=inspect.getdoc(command), allow_abbrev=False)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _version() -> str:
+    try:
+        return metadata.version("recurrent-kif")
+    except metadata.PackageNotFoundError:
+        return str(importlib.import_module("kif").__version__)
+
+
+def _moved_data(run: Path) -> str | None:
+    """KIF_DATA, if the task folder of a run is not there (any more)."""
+    from kif.configfile import load_config
+
+    data = load_config(run / "config.yaml").data
+    return None if data == "hub" or (data and Path(data).exists()) else os.environ.get("KIF_DATA")
+
+
+def _package(module: str) -> str | None:
+    """What to install to get a missing module, if it is one that we use."""
+    extra = extra_of(module)
+    return "torch" if module == "torch" else f"'recurrent-kif[{extra}]'" if extra else None
+
+
+def _refused(error: BaseException) -> bool:
+    """Whether this is a refusal written for the user, not a failure of a run.
+
+    Paths that are not as needed are, wherever that is noticed; so are ValueErrors and OSErrors that our own code
+    raised. The same types from deep inside a library are failures, whose trace is needed.
+    """
+    if isinstance(error, (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    return isinstance(error, (ValueError, OSError)) and module.split(".")[0] in ("kif", "kif_kernels")
+
+
+def _complain(message: str, status: int) -> int:
+    print(f"kif: {message}", file=sys.stderr)
+    return status
+
+
+def _failed(error: BaseException) -> int:
+    """Report an unexpected failure with its trace."""
+    traceback.print_exception(error)
+    return _complain(f"failed: {type(error).__name__}: {error}", 1)

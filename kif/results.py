@@ -1,0 +1,138 @@
+"""What a finished run found: its results.json, read and checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from kif import metrics
+
+_BOOKKEEPING = ("importance", "threshold", "fusion")
+
+
+class ReportError(ValueError):
+    """Results that cannot be read or shown; the message names the file and the key."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """One run's results.json.
+
+    Args:
+        method: name of the method.
+        label: method plus its variant; runs with equal labels are repetitions.
+        model: name of the base model.
+        tasks: K names in training order.
+        accuracy: accuracy[i][j] = performance on task i after training on task j in percent, None: not measured.
+        op: overall performance (Eq. 10), percent.
+        bwt: backward transfer (Eq. 11), percentage points; None for joint training and one task.
+        fwt: forward transfer, percentage points, if measured.
+        zero_shot: performance before any training in percent, if measured.
+        seconds: training and evaluation.
+        time: seconds by section: `train` and `evaluate`; `importance`, `threshold`, `fusion` are parts of `train`.
+        steps: optimizer steps, `inner` and `outer`.
+        seed: of the run.
+        eval_split: rows that were scored.
+        eval_mode: how they were scored.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"allow_inf_nan": False}
+
+    method: str
+    label: str
+    model: str
+    tasks: list[str]
+    accuracy: list[list[float | None]]
+    op: float
+    bwt: float | None
+    fwt: float | None = None
+    zero_shot: list[float] | None = None
+    seconds: float
+    time: dict[str, float]
+    steps: dict[str, int] = field(default_factory=dict)
+    seed: int
+    eval_split: str
+    eval_mode: str
+
+    @property
+    def bookkeeping(self) -> float | None:
+        """Percent of the training time spent on importance, threshold and fusion; None without a training time."""
+        train = self.time.get("train", 0.0)
+        return 100.0 * sum(self.time.get(part, 0.0) for part in _BOOKKEEPING) / train if train > 0 else None
+
+    @property
+    def joint(self) -> bool:
+        """Whether only the last column was measured, as when all tasks are trained together."""
+        return len(self.tasks) > 1 and all(value is None for row in self.accuracy for value in row[:-1])
+
+
+def load_results(run: Path) -> Results:
+    """Read and check the results.json of a run folder.
+
+    Raises ReportError naming the file, and the key where one is missing, of the wrong type or inconsistent.
+    """
+    path = run / "results.json"
+    if not run.is_dir():
+        raise ReportError(f"{run}: no such run folder")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ReportError(f"{path}: missing; a run writes it when it is finished") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ReportError(f"{path}: cannot be read: {error}") from error
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ReportError(f"{path}:{error.lineno}: invalid JSON: {error.msg}") from error
+    return parse_results(content, str(path))
+
+
+def parse_results(content: Any, where: str) -> Results:
+    """Results from the content of results.json; ReportError as in `load_results`, with `where` as the file."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        results = TypeAdapter(Results).validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "top level"
+        raise ReportError(f"{where}: key '{key}': {first['msg'][:1].lower()}{first['msg'][1:]}") from error
+    if len(results.tasks) != len(results.accuracy):
+        raise ReportError(
+            f"{where}: key 'accuracy': {len(results.accuracy)} rows for the {len(results.tasks)} names in 'tasks'"
+        )
+    if results.zero_shot is not None and len(results.zero_shot) != len(results.tasks):
+        raise ReportError(
+            f"{where}: key 'zero_shot': {len(results.zero_shot)} values for the {len(results.tasks)} names in 'tasks'"
+        )
+    try:
+        performance = metrics.overall_performance(results.accuracy)
+    except ValueError as error:
+        raise ReportError(f"{where}: key 'accuracy': {error}") from error
+    if abs(performance - results.op) > 0.1:
+        raise ReportError(f"{where}: key 'op': {results.op:.2f}, but the last column's mean is {performance:.2f}")
+    return results
+
+
+def group_runs(results: Sequence[Results]) -> list[tuple[str, list[Results]]]:
+    """Repetitions together, in order of first appearance: (name, runs).
+
+    Runs are repetitions if they differ in the seed and in what was measured only. Where label alone does not
+    tell two groups apart, their names carry the settings in which the given runs differ.
+    """
+    sequences = list(dict.fromkeys(tuple(result.tasks) for result in results))
+    settings = {
+        "tasks": [f"sequence {sequences.index(tuple(result.tasks)) + 1}" for result in results],
+        "model": [result.model for result in results],
+        "split": [result.eval_split for result in results],
+        "mode": [result.eval_mode for result in results],
+    }
+    varying = [values for values in settings.values() if len(set(values)) > 1]
+    groups: dict[str, list[Results]] = {}
+    for index, result in enumerate(results):
+        suffix = ", ".join(values[index] for values in varying)
+        groups.setdefault(f"{result.label} ({suffix})" if suffix else result.label, []).append(result)
+    return list(groups.items())

@@ -1,0 +1,175 @@
+"""A run from configuration to run folder, on real text where it is at hand and on written text always."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kif.config import KIFConfig, RunConfig
+from kif.configfile import ConfigError, load_config
+from kif.methods import METHODS
+from kif.run import evaluate_run, train
+from kif.tasks import DataError
+
+LABELS = {"colours": ["red", "green"], "sizes": ["big", "small", "tiny"], "moods": ["happy", "sad"]}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three small tasks in the data layout."""
+    folder = tmp_path_factory.mktemp("data")
+    manifest: dict[str, Any] = {"prompt_template": "{instruction}{input}\nAnswer:", "tasks": {}}
+    for task, labels in LABELS.items():
+        (folder / task).mkdir()
+        manifest["tasks"][task] = {"metric": "accuracy", "labels": labels}
+        for split, count in (("train", 30), ("validation", 8), ("test", 9)):
+            rows = [
+                {"instruction": f"Which of the {task}? ", "input": f"{split} row {i} says {labels[i % len(labels)]}",
+                 "label": labels[i % len(labels)]}
+                for i in range(count)
+            ]  # fmt: skip
+            (folder / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "orders.json").write_text(json.dumps({"abc": {"tasks": list(LABELS)}}))
+    return folder
+
+
+def config(written: Path, model: Path, output: Path, **options: Any) -> RunConfig:
+    settings = {"order": "abc", "steps_per_task": 10, "lr": 1e-2, "max_length": 64, "max_new_tokens": 4, **options}
+    return RunConfig(
+        model=str(model), data=str(written), output=str(output), cache_dir=str(output.parent / "cache"), **settings
+    )
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama", "bert"])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_run_folder_and_matrix(
+    written: Path, tiny_models: dict[str, Path], tmp_path: Path, kind: str, method: str
+) -> None:
+    run = tmp_path / "run"
+    results = train(
+        config(written, tiny_models[kind], run, method=method, kif=KIFConfig(inner_steps=3)), progress=False
+    )
+    assert json.loads((run / "results.json").read_text()) == results
+    measured = [[value is not None for value in row] for row in results["accuracy"]]
+    if method == "mtl":
+        assert measured == [[False, False, True]] * 3 and results["bwt"] is None
+    else:
+        assert measured == [[i <= j for j in range(3)] for i in range(3)]
+        a = results["accuracy"]
+        assert results["bwt"] == pytest.approx((a[0][2] - a[0][0] + a[1][2] - a[1][1]) / 2)
+    assert results["op"] == pytest.approx(sum(row[2] for row in results["accuracy"]) / 3)
+    assert sum(results["steps"].values()) == 30
+    assert results["steps"]["outer"] == (6 if method == "recurrent-kif" else 0)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert sum(record.get("event") == "score" for record in records) == (3 if method == "mtl" else 6)
+    assert json.loads((run / "environment.json").read_text())["seed"] == 0
+    assert load_config(run / "config.yaml").method == method
+    last = run / "checkpoints" / "task-03-moods" / "adapter_model.safetensors"
+    assert last.read_bytes() == (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_saved_adapter_scores_as_the_trained_one_did(
+    written: Path, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    for kind in ("t5", "bert"):
+        results = train(config(written, tiny_models[kind], tmp_path / kind), progress=False)
+        final = evaluate_run(tmp_path / kind, progress=False)
+        assert final["scores"] == [row[2] for row in results["accuracy"]] and final["op"] == results["op"]
+        second = evaluate_run(tmp_path / kind, checkpoint=2, progress=False)
+        assert second["scores"][:2] == [results["accuracy"][i][1] for i in range(2)]
+    ranked = evaluate_run(tmp_path / "t5", progress=False, eval_mode="rank", eval_split="validation")
+    assert all(0.0 <= score <= 100.0 for score in ranked["scores"])
+
+
+def test_the_adapter_is_a_plain_peft_folder(written: Path, tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForSeq2SeqLM
+
+    train(config(written, tiny_models["t5"], tmp_path / "run"), progress=False)
+    model = PeftModel.from_pretrained(
+        AutoModelForSeq2SeqLM.from_pretrained(tiny_models["t5"]), tmp_path / "run/adapter"
+    )
+    weights = [p for n, p in model.named_parameters() if "lora_B" in n]
+    assert weights and all(p.abs().sum() > 0 for p in weights)
+
+
+def test_equal_seeds_give_equal_runs(written: Path, tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    def weights(name: str, seed: int) -> bytes:
+        torch.manual_seed(len(name))  # the state before the run must not matter
+        train(config(written, tiny_models["t5"], tmp_path / name, seed=seed), progress=False)
+        return (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
+
+    assert weights("a", 0) == weights("longer", 0) != weights("c", 1)
+
+
+def test_forward_transfer(written: Path, tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    results = train(config(written, tiny_models["bert"], tmp_path / "run", eval_forward=True), progress=False)
+    a, zero = results["accuracy"], results["zero_shot"]
+    assert a[1][0] is not None and a[2][1] is not None and a[2][0] is None
+    assert results["fwt"] == pytest.approx((a[1][0] - zero[1] + a[2][1] - zero[2]) / 2)
+
+
+def test_held_out_rows_are_not_trained_on(written: Path, tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    from kif.run import prepare_tasks
+
+    settings = config(written, tiny_models["t5"], tmp_path / "run", eval_split="heldout", holdout=0.2)
+    for task in prepare_tasks(settings):
+        held = {row.input for row in task.rows("heldout")}
+        assert len(held) == 6 and len(task.train) == 24 and not held & {row.input for row in task.train}
+    other = prepare_tasks(replace(settings, seed=5))
+    assert [task.rows("heldout") for task in other] == [task.rows("heldout") for task in prepare_tasks(settings)]
+
+
+def test_what_is_wrong_stops_the_run_before_training(
+    written: Path, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    good = config(written, tiny_models["t5"], run)
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"order": None}, ValueError, "no tasks"),
+        ({"data": None}, ValueError, "no data"),
+        ({"order": None, "tasks": ["colours", "sices"]}, DataError, "sizes"),
+        ({"precision": "fp16"}, ValueError, "overflow"),
+        ({"model": ""}, ValueError, "no model"),
+    ]
+    for change, error, message in cases:
+        with pytest.raises(error, match=message):
+            train(replace(good, **change), progress=False)
+        assert not run.exists()
+    run.mkdir()
+    (run / "results.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="not empty"):
+        train(good, progress=False)
+    with pytest.raises(ConfigError, match=r"config\.yaml: cannot be read"):
+        evaluate_run(tmp_path / "nowhere", progress=False)
+    with pytest.raises(ValueError, match="either an adapter folder or a checkpoint"):
+        evaluate_run(run, adapter=run, checkpoint=1, progress=False)
+
+
+def test_three_real_tasks_end_to_end(benchmark_data: Path, tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    from kif.cli import main
+
+    run, names = tmp_path / "run", ["agnews", "copa", "rte"]
+    arguments = [
+        "train", "--model", str(tiny_models["t5"]), "--data", str(benchmark_data), "--tasks", *names,
+        "--output", str(run),         "--limit-train", "200", "--limit-eval", "20", "--steps-per-task", "30", "--max-length", "96", "--lr", "1e-2",
+        "--max-new-tokens", "8", "--kif.outer-steps", "4", "--cache-dir", str(tmp_path / "cache"),
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    results = json.loads((run / "results.json").read_text())
+    assert results["tasks"] == names and results["steps"] == {"inner": 66, "outer": 24}
+    assert all((results["accuracy"][i][j] is None) == (i > j) for i in range(3) for j in range(3))
+    losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    first_task = [record["loss"] for record in losses if record.get("phase") == 0]
+    assert first_task[-1] < first_task[0]
+    again = evaluate_run(run, progress=False)
+    assert again["scores"] == [row[-1] for row in results["accuracy"]]
+    assert main(["eval", str(run), "--checkpoint", "1", "--eval-mode", "rank"]) == 0
+    assert main(["report", str(run), "--output", str(tmp_path / "report")]) == 0
+    assert list((tmp_path / "report").glob("*.png"))
