@@ -32,6 +32,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "Recurrent-KIF released-code": {"kif": KIFConfig.preset("released-code")},
     "MTL": {"method": "mtl"},
 }
+"""The rows of the quality table."""
+
+PROBES: dict[str, dict[str, Any]] = {
+    "M=4, density 50%": {"kif": KIFConfig(outer_steps=4, density=0.5)},
+    "M=4, threshold per tensor": {"kif": KIFConfig(outer_steps=4, threshold_scope="tensor")},
+    "M=4, shared optimizer": {"kif": KIFConfig(outer_steps=4, outer_optimizer="shared")},
+    "M=4, Q=4": {"kif": KIFConfig(inner_steps=4, outer_steps=4)},
+    "M=4, released weights": {"kif": KIFConfig(outer_steps=4, fusion="released-code")},
+}
+"""Single switches of Recurrent-KIF changed, to find out what an effect comes from. Not run by default."""
 
 
 def run_cell(config: RunConfig) -> dict[str, Any]:
@@ -92,7 +102,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of the single runs")
     parser.add_argument("--orders", nargs="+", default=["1", "3"], help="names of task orders")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=[*VARIANTS, *PROBES])
     parser.add_argument("--steps", type=int, default=144, help="optimizer steps a task, inner and outer together")
     parser.add_argument("--rows", type=int, default=150, help="rows scored for each task")
     parser.add_argument("--split", default="test", choices=["test", "heldout"])
@@ -120,7 +130,7 @@ def main() -> None:
             warmup_steps=10,
             eval_batch_size=16,
         )
-        cells[variant, order, seed] = replace(config, **VARIANTS[variant])
+        cells[variant, order, seed] = replace(config, **{**VARIANTS, **PROBES}[variant])
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     finished: dict[tuple[str, str, int], dict[str, Any]] = {}

@@ -117,8 +117,8 @@ class ParameterArena:
             self.rebind()
         elif strays:
             raise ArenaError(
-                f"parameter {strays[0]} was re-assigned outside the arena ({len(strays)} of {len(self.segments)} were): "
-                "copy into it in place instead (parameter.data.copy_), or let arena.rebind() take over its new value"
+                f"parameter {strays[0]} was re-assigned outside the arena ({len(strays)} of {len(self.segments)}): "
+                "copy into it in place (parameter.data.copy_), or let arena.rebind() take over the new value"
             )
         base = self.grad.data_ptr()
         for segment, parameter in zip(self.segments, self._parameters, strict=True):

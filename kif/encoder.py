@@ -53,9 +53,6 @@ class EncoderModel(LanguageModel):
         self.label_space = label_space
         self.label_embeddings = self._embed_labels() if head == "cosine" else None
 
-    def label_count(self, rows: Sequence[Encoded]) -> int:
-        return len(rows)
-
     def collate(self, rows: Sequence[Encoded]) -> Batch:
         batch = self._padded_inputs(rows, "right")
         batch["labels"] = torch.tensor([row.target[0] for row in rows])

@@ -60,7 +60,7 @@ def evaluate(
     start = time.perf_counter()
     rows = (cache or TokenCache(None)).encode(lm, task, examples)
     # longest first: memory runs out at once or not at all
-    order = sorted(range(len(rows)), key=lambda i: lm.token_cost(rows[i]), reverse=True)
+    order = sorted(range(len(rows)), key=lambda i: rows[i].length, reverse=True)
     predictions = [""] * len(rows)
     modes = {module: module.training for module in lm.model.modules()}
     lm.model.eval()

@@ -96,12 +96,8 @@ class LanguageModel(ABC):
             for (ids, truncated), target in zip(prompts, targets, strict=True)
         ]
 
-    def token_cost(self, row: Encoded) -> int:
-        """Tokens that the row puts into a batch, for sorting rows by length."""
-        return row.length
-
     def label_count(self, rows: Sequence[Encoded]) -> int:
-        """The number that `loss` is a sum over: label tokens (encoders: rows)."""
+        """The number that `loss` is a sum over: label tokens (encoders: rows, whose target is one class)."""
         return sum(len(row.target) for row in rows)
 
     @abstractmethod

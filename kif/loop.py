@@ -125,7 +125,7 @@ def backward(lm: LanguageModel, method: Method, rows: Sequence[Encoded], accumul
     not depend on how the rows are split.
     """
     micro = [rows[i::accumulation] for i in range(min(accumulation, len(rows)))]
-    count = sum(len(row.target) for row in rows)
+    count = lm.label_count(rows)
     total = torch.zeros((), device=lm.device)
     for part in micro:
         loss, _ = method.loss(lm.collate(part))

@@ -97,7 +97,7 @@ def test_a_parameter_that_left_alone_is_named() -> None:
     net = model()
     arena = ParameterArena.of(net)
     net[0].bias.data = torch.zeros(7)
-    with pytest.raises(ArenaError, match=r"0\.bias was re-assigned outside the arena \(1 of 4"):
+    with pytest.raises(ArenaError, match=r"0\.bias was re-assigned outside the arena \(1 of 4\)"):
         arena.check()
     arena.rebind()
     arena.check()

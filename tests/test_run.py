@@ -158,7 +158,8 @@ def test_three_real_tasks_end_to_end(benchmark_data: Path, tiny_models: dict[str
     run, names = tmp_path / "run", ["agnews", "copa", "rte"]
     arguments = [
         "train", "--model", str(tiny_models["t5"]), "--data", str(benchmark_data), "--tasks", *names,
-        "--output", str(run),         "--limit-train", "200", "--limit-eval", "20", "--steps-per-task", "30", "--max-length", "96", "--lr", "1e-2",
+        "--output", str(run), "--limit-train", "200", "--limit-eval", "20", "--steps-per-task", "30",
+        "--max-length", "96", "--lr", "1e-2",
         "--max-new-tokens", "8", "--kif.outer-steps", "4", "--cache-dir", str(tmp_path / "cache"),
     ]  # fmt: skip
     assert main(arguments) == 0
