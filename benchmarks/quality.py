@@ -46,12 +46,16 @@ PROBES: dict[str, dict[str, Any]] = {
 
 def run_cell(config: RunConfig) -> dict[str, Any]:
     """One run, unless its folder holds a finished one."""
-    from kif.run import train
+    from kif.configfile import load_config
+    from kif.run import train, with_absolute_folders
 
-    results = Path(config.output) / "results.json"
+    folder = Path(config.output)
+    results = folder / "results.json"
     if not results.is_file():
-        shutil.rmtree(config.output, ignore_errors=True)  # what an interrupted run left
+        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
         train(config, progress=False)
+    elif load_config(folder / "config.yaml") != with_absolute_folders(config):
+        raise ValueError(f"{folder} holds a run of other settings: remove it or choose another --runs")
     return json.loads(results.read_text())
 
 

@@ -74,13 +74,16 @@ def evaluate(argv: Sequence[str]) -> int:
     which.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder (default: RUN/adapter)")
     which.add_argument("--checkpoint", type=_positive, metavar="N", help="the adapter after task N, counted from 1")
     parser.add_argument("--split", choices=["test", "validation", "heldout"], help="rows to score (default: the run's)")
-    parser.add_argument("--eval-mode", choices=["auto", "generate", "rank"], help="how to score (default: the run's)")
+    parser.add_argument("--eval-mode", choices=["generate", "rank"], help="how to score (default: the run's)")
     parser.add_argument("--limit-eval", type=_positive, metavar="N", help="score at most N rows of each task")
     parser.add_argument("--data", metavar="DIR", help="task folder (default: the run's; KIF_DATA if that is gone)")
+    parser.add_argument("--model", metavar="MODEL", help="base model (default: the run's)")
+    parser.add_argument("--device", help="where to run (default: the run's)")
     options = parser.parse_args(argv)
     if not (options.run / "config.yaml").is_file():
         raise FileNotFoundError(f"{options.run / 'config.yaml'} does not exist: {options.run} is no run folder")
     changes = {"eval_split": options.split, "eval_mode": options.eval_mode, "limit_eval": options.limit_eval}
+    changes |= {"model": options.model, "device": options.device}
     changes["data"] = options.data or _moved_data(options.run)
     changes = {name: value for name, value in changes.items() if value is not None}
 

@@ -141,7 +141,7 @@ class RunConfig:
             on. Select on `heldout` only: validation and test share rows in the public benchmarks.
         holdout: share of train held out when eval_split is `heldout`.
         eval_mode: `generate`: greedy decoding and exact match (lower case, stripped), as in the paper; `rank`:
-            the label with the highest likelihood; `auto`: `generate`. Encoders always classify.
+            the label with the highest likelihood. Encoders always classify.
         eval_batch_size: rows scored at once.
         max_new_tokens: longest generated answer in tokens.
         eval_forward: also score each task before anything is trained and right before its own training, which
@@ -192,7 +192,7 @@ class RunConfig:
 
     eval_split: Literal["test", "validation", "heldout"] = "test"
     holdout: float = 0.1
-    eval_mode: Literal["auto", "generate", "rank"] = "auto"
+    eval_mode: Literal["generate", "rank"] = "generate"
     eval_batch_size: int = 32
     max_new_tokens: int = 128
     eval_forward: bool = False

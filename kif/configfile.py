@@ -51,7 +51,7 @@ def dump_config(config: RunConfig, path: str | Path) -> None:
 def parse_run_config(argv: Sequence[str]) -> RunConfig:
     """The run that the options of `kif train` describe: `--config x.yaml --lr 1e-3 --kif.outer-steps 4`.
 
-    `data` falls back to the environment variable KIF_DATA.
+    `data` falls back to the environment variable KIF_DATA. A preset on the command line replaces the file's `kif`.
 
     Raises ConfigError as `load_config` does, for unknown options, and where model or data are not given. An
     option value of the wrong type, and --help, end in SystemExit after a message, as in argparse.
@@ -65,6 +65,8 @@ def parse_run_config(argv: Sequence[str]) -> RunConfig:
     source = _read_yaml(Path(chosen.config)) if chosen.config is not None else _Source("", {}, {})
     if chosen.preset is not None:
         _nearest_or_raise(chosen.preset, PRESETS, "command line: unknown preset")
+        # a run's own config.yaml spells out every switch; a preset asked for here must not lose against them
+        source.values = {key: value for key, value in source.values.items() if not key.startswith("kif.")}
         source.values["kif.preset"] = chosen.preset
     base = _build(source.values, source.where)
     preset = source.values.get("kif.preset", "paper")

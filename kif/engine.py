@@ -7,6 +7,7 @@ before each step.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
@@ -30,19 +31,20 @@ class RecurrentKIF:
         optimizer: hyperparameters of AdamW, for both loops.
 
     Attributes:
-        stopwatch: seconds spent in `optimizer`, `importance`, `threshold` and `fusion`.
+        stopwatch: seconds spent in `optimizer`, `importance`, `threshold` and `fusion` (with its snapshots).
     """
 
     def __init__(
         self, arena: ParameterArena, config: KIFConfig | None = None, optimizer: OptimizerConfig | None = None
     ) -> None:
+        kif_kernels.backend_name(arena.device.type)  # an impossible KIF_BACKEND is refused here, not ignored
         self.arena = arena
         self.config = config or KIFConfig()
         self.optimizer_config = optimizer or OptimizerConfig()
         self.inner_optimizer = ArenaAdamW(arena, "inner", self.optimizer_config)
         shared = self.config.outer_optimizer == "shared"
         self.outer_optimizer = self.inner_optimizer if shared else ArenaAdamW(arena, "outer", self.optimizer_config)
-        self.stopwatch = Stopwatch(arena.device)
+        self.stopwatch = Stopwatch()
         self.begin_task()
 
     @property
@@ -81,7 +83,8 @@ class RecurrentKIF:
             raise RuntimeError("inner_step after outer_step: call fuse to end the round first")
         if self._inner_done == 0:
             self.arena.check()
-            self.arena.buffer("theta_start").copy_(self.arena.data)
+            with self._section("fusion"):
+                self.arena.buffer("theta_start").copy_(self.arena.data)
             self.arena.buffer("importance_in").zero_()
             if self.config.score == "ema_uncertainty":
                 self.arena.buffer("uncertainty_in").zero_()
@@ -97,7 +100,8 @@ class RecurrentKIF:
             raise RuntimeError("outer_step before inner_step: a round starts with the new task")
         if self._outer_done == 0:
             self.arena.check()
-            self.arena.buffer("theta_inner").copy_(self.arena.data)
+            with self._section("fusion"):
+                self.arena.buffer("theta_inner").copy_(self.arena.data)
         alpha2 = self.config.alpha2
         decay = 1.0 - alpha2 if self.config.alpha2_weighs == "new" else alpha2
         self._step(self.outer_optimizer, lr, lambda state: self._score("out", decay, state))
@@ -115,14 +119,15 @@ class RecurrentKIF:
         arena.check()
         if not self._outer_done:
             arena.buffer("theta_inner").copy_(arena.data)
-        scores_in, scores_out = self._thresholded("in"), self._thresholded("out")
+        with self._section("threshold"):
+            scores_in, scores_out = self._thresholded("in"), self._thresholded("out")
         strict = config.mask == "above"
         table = kif_kernels.FUSION_TABLES[config.fusion]
         for part, numel in self._scopes():
-            with self.stopwatch.section("threshold"):
+            with self._section("threshold"):
                 threshold_in = self._threshold(scores_in[part], numel)
                 threshold_out = self._threshold(scores_out[part], numel)
-            with self.stopwatch.section("fusion"):
+            with self._section("fusion"):
                 kif_kernels.fuse_(
                     arena.data[part],
                     arena.buffer("theta_start")[part],
@@ -158,7 +163,7 @@ class RecurrentKIF:
         gradient = inspect_gradient(self.arena.grad, self.optimizer_config.max_grad_norm)
         if importance and self.config.importance_at == "gradient":
             importance(gradient)
-        with self.stopwatch.section("optimizer"):
+        with self._section("optimizer"):
             optimizer.step(lr, gradient)
         if importance and self.config.importance_at == "update":
             self.arena.grad.mul_(gradient.scale)
@@ -167,7 +172,7 @@ class RecurrentKIF:
 
     def _score(self, side: str, decay: float, gradient: GradientState) -> None:
         arena, config = self.arena, self.config
-        with self.stopwatch.section("importance"):
+        with self._section("importance"):
             if config.score == "ema":
                 kif_kernels.importance_ema_(
                     arena.buffer(f"importance_{side}"), arena.data, arena.grad, decay, skip=gradient.skip
@@ -182,6 +187,9 @@ class RecurrentKIF:
                     config.uncertainty_decay,
                     skip=gradient.skip,
                 )
+
+    def _section(self, name: str) -> AbstractContextManager[None]:
+        return self.stopwatch.section(name, self.arena.device)
 
     def _thresholded(self, side: str) -> Tensor:
         importance = self.arena.buffer(f"importance_{side}")

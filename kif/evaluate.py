@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from kif.families import LanguageModel
 from kif.tasks import Example, Task
@@ -32,7 +32,7 @@ def evaluate(
     task: Task,
     examples: Sequence[Example],
     *,
-    mode: str,
+    mode: Literal["generate", "rank"],
     batch_size: int,
     max_new_tokens: int,
     cache: TokenCache | None = None,
@@ -46,7 +46,7 @@ def evaluate(
         lm: model with adapter.
         task: the rows' task.
         examples: the rows.
-        mode: `generate` (greedy) or `rank` (label with the highest likelihood); `auto` is `generate`.
+        mode: `generate` (greedy) or `rank` (label with the highest likelihood).
         batch_size: rows answered at once.
         max_new_tokens: longest generated answer in tokens.
         cache: where tokenised rows are kept; None: tokenised here.
@@ -54,9 +54,6 @@ def evaluate(
     """
     if not examples:
         raise ValueError(f"task {task.name!r}: there are no rows to score")
-    if mode not in ("auto", "generate", "rank"):
-        raise ValueError(f"unknown evaluation mode {mode!r}; there are auto, generate and rank")
-    how = cast(Literal["generate", "rank"], "generate" if mode == "auto" else mode)
     start = time.perf_counter()
     rows = (cache or TokenCache(None)).encode(lm, task, examples)
     # longest first: memory runs out at once or not at all
@@ -67,13 +64,21 @@ def evaluate(
     try:
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
-            for i, text in zip(batch, lm.answer(task, [rows[i] for i in batch], how, max_new_tokens), strict=True):
+            for i, text in zip(batch, lm.answer(task, [rows[i] for i in batch], mode, max_new_tokens), strict=True):
                 predictions[i] = text
     finally:
         for module, training in modes.items():
             module.training = training
     score = mean_score(task.metric, predictions, [example.references for example in examples])
     return Evaluation(score, predictions, time.perf_counter() - start)
+
+
+def check_scoring(lm: LanguageModel, task: Task, mode: str) -> None:
+    """Raise what would keep `evaluate` from scoring the task: ValueError for ranking without labels, ImportError."""
+    if mode == "rank" and task.labels is None and lm.family != "encoder":
+        raise ValueError(f"task {task.name!r} is free text and has no labels to rank; use eval_mode generate")
+    if task.metric == "rougeL":
+        _rouge_scorer()
 
 
 def mean_score(

@@ -56,9 +56,11 @@ class LanguageModel(ABC):
 
     Class attributes:
         family: kind of model.
+        unused: fields of RunConfig that have no effect on it.
     """
 
     family: ClassVar[Family]
+    unused: ClassVar[tuple[str, ...]]
 
     def __init__(self, model: Any, tokenizer: Any, *, max_length: int, max_target_length: int) -> None:
         self.model, self.tokenizer = model, tokenizer

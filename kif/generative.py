@@ -24,6 +24,8 @@ RANK_ELEMENTS = 2**27
 class GenerativeModel(LanguageModel):
     """A model that writes the label, token by token."""
 
+    unused = ("head", "label_space")
+
     @torch.no_grad()
     def answer(
         self, task: Task, rows: Sequence[Encoded], mode: Literal["generate", "rank"], max_new_tokens: int
@@ -58,12 +60,15 @@ class GenerativeModel(LanguageModel):
         """Settings of plain greedy decoding; `kif.models` has emptied the model folder's own."""
         from transformers import GenerationConfig
 
+        # the model may name further tokens that end an answer; the tokenizer's is the one it is trained with here
+        own = self.base.generation_config.eos_token_id
+        ends = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [] if own is None else [own])}
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
             pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.base.generation_config.eos_token_id,
+            eos_token_id=sorted(ends),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -42,7 +43,7 @@ def train_phase(
         tasks: how many tasks are trained in it; more than one only for MTL.
         rows: the phase's training rows.
         memory: rows of all tasks before it; empty in the first phase.
-        log: called once a round with what happened; that is the only time the host waits for the device.
+        log: called once a round with what happened; beside data and model, only this waits for the device.
     """
     method.begin_task(index, memory)
     new_rows = BatchStream(method.training_rows(rows, memory), config.batch_size, f"{config.seed}/new/{index}")
@@ -77,6 +78,7 @@ def train_phase(
                 "lr": config.lr * schedule(done - 1, total, config.warmup_steps),
                 "loss": _mean(losses),
                 "memory_loss": _mean(outer_losses),
+                "skipped": method.skipped,
                 "time": time.time(),
             }
         )
@@ -136,4 +138,6 @@ def backward(lm: LanguageModel, method: Method, rows: Sequence[Encoded], accumul
 
 
 def _mean(losses: Sequence[Tensor]) -> float | None:
-    return torch.stack(list(losses)).mean().item() if losses else None
+    """Mean loss; None without losses and where it is not finite, which JSON cannot hold."""
+    mean = torch.stack(list(losses)).mean().item() if losses else math.nan
+    return mean if math.isfinite(mean) else None

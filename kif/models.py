@@ -42,11 +42,12 @@ def load_language_model(
         raise ValueError("no model: give --model FOLDER_OR_NAME")
     # absolute, so that the adapter's note of its base model holds in any working directory
     name = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
-    model_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    device = resolve_device(config.device)
+    model_config = _from_pretrained(AutoConfig, name)
     family = family_of(model_config)
     _check_precision(config.precision, model_config.model_type)
     classes = union_of_labels(labels) if family == "encoder" else ()
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    tokenizer = _from_pretrained(AutoTokenizer, name)
     _check_tokenizer(tokenizer, family, name)
     _check_lengths(config, family, model_config, tokenizer)
 
@@ -57,7 +58,7 @@ def load_language_model(
         else:
             model = _load_adapter(base, family, config, name, Path(adapter))
     _adapter_in_fp32(model)
-    model.to(resolve_device(config.device))
+    model.to(device)
 
     lengths = {"max_length": config.max_length, "max_target_length": config.max_target_length}
     if family == "encoder-decoder":
@@ -89,9 +90,22 @@ def resolve_device(device: str) -> torch.device:
     """The device by its configured name; `auto` is the GPU if there is one. Raises: ValueError if there is none."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} is not available: torch sees no GPU; use device auto or cpu")
-    return torch.device(device)
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        seen = torch.cuda.device_count() or "no"
+        raise ValueError(f"device {device!r} is not available: torch sees {seen} GPU; use device auto or cpu")
+    return found
+
+
+def _from_pretrained(auto_class: Any, name: str) -> Any:
+    try:
+        return auto_class.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        where = "the folder cannot be loaded" if Path(name).is_dir() else "no such folder, nor can the hub give it"
+        raise ValueError(f"model {name}: {where}: {str(error).splitlines()[0]}") from error
 
 
 def _check_precision(precision: str, model_type: str) -> None:

@@ -30,9 +30,14 @@ class Progress:
             return
         self._bar.total = record["steps"]
         self._bar.update(record["step"] - self._bar.n)
-        shown = {"round": f"{record['round'] + 1}/{record['rounds']}", "loss": f"{record['loss']:.3f}"}
-        if record["memory_loss"] is not None:
-            shown["memory"] = f"{record['memory_loss']:.3f}"
+        shown = {"round": f"{record['round'] + 1}/{record['rounds']}"}
+        shown |= {
+            name: f"{record[key]:.3f}"
+            for name, key in (("loss", "loss"), ("memory", "memory_loss"))
+            if record[key] is not None
+        }
+        if record["skipped"]:
+            shown["skipped"] = str(record["skipped"])
         self._bar.set_postfix(shown)
 
     def say(self, text: str) -> None:

@@ -37,6 +37,8 @@ class Results:
         seed: of the run.
         eval_split: rows that were scored.
         eval_mode: how they were scored.
+        settings: hash of everything else that was configured; runs of different settings are no repetitions.
+        skipped: steps that changed nothing because their gradient was not finite.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"allow_inf_nan": False}
@@ -56,6 +58,8 @@ class Results:
     seed: int
     eval_split: str
     eval_mode: str
+    settings: str = ""
+    skipped: int = 0
 
     @property
     def bookkeeping(self) -> float | None:
@@ -131,8 +135,14 @@ def group_runs(results: Sequence[Results]) -> list[tuple[str, list[Results]]]:
         "mode": [result.eval_mode for result in results],
     }
     varying = [values for values in settings.values() if len(set(values)) > 1]
+    configured: dict[str, set[str]] = {}
+    for result in results:
+        configured.setdefault(result.label, set()).add(result.settings)
     groups: dict[str, list[Results]] = {}
     for index, result in enumerate(results):
-        suffix = ", ".join(values[index] for values in varying)
+        parts = [values[index] for values in varying]
+        # methods differ in what they are configured with; only runs of one label must not
+        parts += [f"settings {result.settings}"] if len(configured[result.label]) > 1 else []
+        suffix = ", ".join(parts)
         groups.setdefault(f"{result.label} ({suffix})" if suffix else result.label, []).append(result)
     return list(groups.items())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 
 from kif import metrics
 from kif.config import RunConfig
-from kif.evaluate import Evaluation, evaluate
+from kif.evaluate import Evaluation, check_scoring, evaluate
 from kif.families import Encoded, LanguageModel
 from kif.loop import Record, train_phase
 from kif.memory import ReplayMemory
@@ -42,9 +44,8 @@ def prepare_tasks(config: RunConfig) -> list[Task]:
 
 
 def data_folder(config: RunConfig) -> Path:
-    """The folder of the tasks; `hub` downloads them first. Raises: ValueError without data, order or tasks."""
-    if not config.data:
-        raise ValueError("no data: give --data FOLDER or set KIF_DATA")
+    """The folder of the tasks; `hub` downloads them first. Raises: ValueError without order or tasks."""
+    assert config.data is not None
     if not config.order and not config.tasks:
         raise ValueError("no tasks: give --order NAME or --tasks NAME NAME ...")
     if config.data != "hub":
@@ -66,9 +67,10 @@ def train(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
     Raises: ValueError or DataError before training for anything wrong in configuration or data; FileExistsError
         when the folder holds a run.
     """
-    from kif.configfile import dump_config
+    from kif.configfile import check_inputs, dump_config
     from kif.doctor import environment
 
+    config = check_inputs(config)
     output = Path(config.output)
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty: choose another --output or remove it")
@@ -76,17 +78,21 @@ def train(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     lm = load_language_model(config, {task.name: task.labels for task in tasks})
     method = METHODS[config.method](lm, config)
+    warn_unused(config, method)
     cache = TokenCache(cache_folder(config.cache_dir))
     encoded = {task.name: cache.encode(lm, task, task.train) for task in tasks}
+    for task in tasks:  # what cannot be scored must be known before training, not after
+        check_scoring(lm, task, config.eval_mode)
+        cache.encode(lm, task, eval_rows(config, task))
 
     output.mkdir(parents=True, exist_ok=True)
-    dump_config(config, output / "config.yaml")
-    (output / "environment.json").write_text(json.dumps({**environment(), "seed": config.seed}, indent=1) + "\n")
+    dump_config(with_absolute_folders(config), output / "config.yaml")
+    write_json(output / "environment.json", {**environment(), "device": str(lm.device), "seed": config.seed})
     with (output / "metrics.jsonl").open("w") as stream, Progress(progress) as bar:
         log = _logger(stream, bar)
         results = _train_sequence(config, tasks, lm, method, encoded, cache, log, bar, output)
     save_adapter(lm, output / "adapter")
-    (output / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+    write_json(output / RESULTS, results)
     return results
 
 
@@ -116,7 +122,10 @@ def _train_sequence(
         log({"event": "score", "task": names[row], "after": after, "score": result.score, "seconds": result.seconds})
         return result.score
 
-    zero_shot = [score(row, None) for row in range(len(tasks))] if config.eval_forward else None
+    zero_shot = None
+    if config.eval_forward:
+        bar.start("before training")
+        zero_shot = [score(row, None) for row in range(len(tasks))]
     last = -1
     for index, phase in enumerate(method.phases(tasks)):
         if zero_shot and index > 0:
@@ -137,30 +146,40 @@ def _train_sequence(
     return {
         "method": method.name,
         "label": method.label,
-        "model": Path(config.model).name,
+        "model": model_name(config.model),
         "tasks": names,
         "accuracy": accuracy,
         "op": metrics.overall_performance(accuracy),
-        "bwt": None if len(method.phases(tasks)) < len(tasks) else metrics.backward_transfer(accuracy),
-        "fwt": metrics.forward_transfer(accuracy, zero_shot) if zero_shot and last > 0 and index > 0 else None,
+        "bwt": metrics.backward_transfer(accuracy),
+        "fwt": metrics.forward_transfer(accuracy, zero_shot) if zero_shot else None,
         "zero_shot": zero_shot,
         "seconds": time.perf_counter() - start,
         "time": {**seconds, **method.stopwatch.seconds()},
         "steps": steps,
+        "skipped": method.skipped,
         "seed": config.seed,
         "eval_split": config.eval_split,
         "eval_mode": config.eval_mode,
+        "settings": settings_key(config),
     }
 
 
 def evaluate_task(config: RunConfig, lm: LanguageModel, task: Task, cache: TokenCache) -> Evaluation:
     """Score one task on the configured split and rows."""
-    rows: tuple[Example, ...] = task.rows(config.eval_split)
-    rows = limit_rows(rows, config.limit_eval, f"{task.name}/{config.eval_split}")
-    mode = "generate" if config.eval_mode == "auto" else config.eval_mode
     return evaluate(
-        lm, task, rows, mode=mode, batch_size=config.eval_batch_size, max_new_tokens=config.max_new_tokens, cache=cache
+        lm,
+        task,
+        eval_rows(config, task),
+        mode=config.eval_mode,
+        batch_size=config.eval_batch_size,
+        max_new_tokens=config.max_new_tokens,
+        cache=cache,
     )
+
+
+def eval_rows(config: RunConfig, task: Task) -> tuple[Example, ...]:
+    """The rows of a task that are scored. Raises: DataError where the split is missing."""
+    return limit_rows(task.rows(config.eval_split), config.limit_eval, f"{task.name}/{config.eval_split}")
 
 
 def evaluate_run(
@@ -182,11 +201,14 @@ def evaluate_run(
     Returns: {"adapter", "tasks", "scores" (percent, in training order), "op" (their mean), "seconds"}.
     Raises: FileNotFoundError naming the missing file; ValueError for adapter and checkpoint both.
     """
-    from kif.configfile import load_config
+    from kif.configfile import check_inputs, load_config
 
     if adapter is not None and checkpoint is not None:
         raise ValueError("give either an adapter folder or a checkpoint number, not both")
-    config = replace(load_config(run / "config.yaml"), **changes)
+    trained = load_config(run / "config.yaml")
+    config = check_inputs(replace(trained, **changes))
+    if config.eval_split == "heldout" and trained.eval_split != "heldout":
+        raise ValueError(f"{run} was trained on all training rows: none are held out to score (eval_split heldout)")
     tasks = prepare_tasks(config)
     if checkpoint is not None:
         if not 1 <= checkpoint <= len(tasks):
@@ -201,7 +223,7 @@ def evaluate_run(
     scores = []
     with Progress(progress) as bar:
         for task in tasks:
-            bar.say(f"scoring {task.name}")
+            bar.start(f"scoring {task.name}")
             scores.append(evaluate_task(config, lm, task, cache).score)
     return {
         "adapter": str(folder),
@@ -220,6 +242,44 @@ def checkpoint_folder(run: Path, index: int, task: str) -> Path:
 def save_adapter(lm: LanguageModel, folder: Path) -> None:
     """Write the adapter as a plain PEFT folder (adapter_model.safetensors, adapter_config.json)."""
     lm.model.save_pretrained(str(folder), safe_serialization=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def model_name(model: str) -> str:
+    """The model's name for tables: of a folder its last two parts, since packages call the last one `model`."""
+    return "/".join(Path(model).resolve().parts[-2:]) if Path(model).is_dir() else model
+
+
+def with_absolute_folders(config: RunConfig) -> RunConfig:
+    """The configuration with model and data folders as absolute paths, so that it holds in any working directory."""
+    found: dict[str, Any] = {
+        name: str(Path(value).resolve())
+        for name, value in (("model", config.model), ("data", config.data))
+        if value and Path(value).is_dir()
+    }
+    return replace(config, **found)
+
+
+def settings_key(config: RunConfig) -> str:
+    """Short hash of what must be equal for two runs of a method and sequence to be repetitions of each other."""
+    named = {"method", "kif", "model", "data", "order", "tasks", "eval_split", "eval_mode"}
+    incidental = {"seed", "output", "device", "cache_dir"}
+    content = {name: value for name, value in asdict(config).items() if name not in named | incidental}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def warn_unused(config: RunConfig, method: Method) -> None:
+    """Warn of fields that were set although the method or the model's family makes no use of them."""
+    default = RunConfig()
+    unused = [name for name in (*method.unused, *method.lm.unused) if getattr(config, name) != getattr(default, name)]
+    if unused:
+        warnings.warn(f"no effect with {method.name} and this model: {', '.join(unused)}", stacklevel=3)
 
 
 def _logger(stream: Any, bar: Progress) -> Callable[[Record], None]:

@@ -11,22 +11,24 @@ import torch
 
 
 class Stopwatch:
-    """Adds up seconds by section; on CUDA by events, which are read when `seconds` is asked for."""
+    """Adds up seconds by section; on CUDA by events, which are read when they are done."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+    def __init__(self) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
-    def section(self, name: str) -> Iterator[None]:
-        """Time the body under `name`."""
-        if self._cuda:
+    def section(self, name: str, device: torch.device) -> Iterator[None]:
+        """Time the body, which works on `device`, under `name`."""
+        if device.type == "cuda":
+            stream = torch.cuda.current_stream(device)
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
+            start.record(stream)
             yield
-            end.record()
+            end.record(stream)
             self._events.append((name, start, end))
+            if len(self._events) >= 1024:
+                self._read([event for event in self._events if event[2].query()])
         else:
             start_time = time.perf_counter()
             yield
@@ -34,9 +36,13 @@ class Stopwatch:
 
     def seconds(self) -> dict[str, float]:
         """Seconds so far by section. On CUDA this waits for the device."""
-        if self._events:
-            torch.cuda.synchronize()
-            for name, start, end in self._events:
-                self._seconds[name] += start.elapsed_time(end) / 1000.0
-            self._events.clear()
+        for _, _, end in self._events:
+            end.synchronize()
+        self._read(list(self._events))
         return dict(self._seconds)
+
+    def _read(self, finished: list[tuple[str, torch.cuda.Event, torch.cuda.Event]]) -> None:
+        for event in finished:
+            name, start, end = event
+            self._seconds[name] += start.elapsed_time(end) / 1000.0
+            self._events.remove(event)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import build_tiny
@@ -22,3 +24,26 @@ def benchmark_data() -> Path:
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of tiny random models: `t5`, `llama`, `bert`."""
     return {kind: build_tiny(kind, tmp_path_factory.mktemp(kind)) for kind in ("t5", "llama", "bert")}
+
+
+LABELS = {"colours": ["red", "green"], "sizes": ["big", "small", "tiny"], "moods": ["happy", "sad"]}
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three small tasks in the data layout."""
+    folder = tmp_path_factory.mktemp("data")
+    manifest: dict[str, Any] = {"prompt_template": "{instruction}{input}\nAnswer:", "tasks": {}}
+    for task, labels in LABELS.items():
+        (folder / task).mkdir()
+        manifest["tasks"][task] = {"metric": "accuracy", "labels": labels}
+        for split, count in (("train", 30), ("validation", 8), ("test", 9)):
+            rows = [
+                {"instruction": f"Which of the {task}? ", "input": f"{split} row {i} says {labels[i % len(labels)]}",
+                 "label": labels[i % len(labels)]}
+                for i in range(count)
+            ]  # fmt: skip
+            (folder / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "orders.json").write_text(json.dumps({"abc": {"tasks": list(LABELS)}}))
+    return folder

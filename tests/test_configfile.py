@@ -56,7 +56,10 @@ def test_preset_on_the_command_line(tmp_path: Path) -> None:
     options = [*BASICS, "--kif.preset", "released-code", "--kif.outer_steps", "3"]
     assert parse_run_config(options).kif == KIFConfig.preset("released-code", outer_steps=3)
     path = write(tmp_path, "kif: {preset: released-code, density: 0.4}\n")
-    assert parse_run_config([*BASICS, "--config", str(path), "--kif.preset=paper"]).kif == KIFConfig(density=0.4)
+    assert parse_run_config([*BASICS, "--config", str(path), "--kif.preset=paper"]).kif == KIFConfig()
+    dump_config(RunConfig(kif=KIFConfig(density=0.4)), path)  # spells out every switch
+    options = [*BASICS, "--config", str(path), "--kif.preset", "released-code"]
+    assert parse_run_config(options).kif == KIFConfig.preset("released-code")
 
 
 def test_presets_on_the_command_line_are_all_presets() -> None:

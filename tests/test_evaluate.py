@@ -75,7 +75,7 @@ def test_mode_returns_after_an_error(load: Loader) -> None:
 
 def test_predictions_are_in_the_rows_order(load: Loader) -> None:
     lm = load("bert")
-    result = evaluate(lm, TOPICS, TOPICS.test, mode="auto", batch_size=3, max_new_tokens=5)
+    result = evaluate(lm, TOPICS, TOPICS.test, mode="generate", batch_size=3, max_new_tokens=5)
     lm.model.eval()
     alone = [lm.answer(TOPICS, lm.encode(TOPICS, [example]), "generate", 5)[0] for example in TOPICS.test]
     assert result.predictions == alone and len(set(alone)) > 1
@@ -84,14 +84,14 @@ def test_predictions_are_in_the_rows_order(load: Loader) -> None:
 
 
 def test_free_text(load: Loader) -> None:
-    result = evaluate(load("t5"), FREE, FREE.test, mode="auto", batch_size=2, max_new_tokens=5)
+    result = evaluate(load("t5"), FREE, FREE.test, mode="generate", batch_size=2, max_new_tokens=5)
     assert result.score == mean_score("rougeL", result.predictions, [example.references for example in FREE.test])
 
 
 def test_refusals(load: Loader) -> None:
     lm = load("bert")
     with pytest.raises(ValueError, match="'topics': there are no rows"):
-        evaluate(lm, TOPICS, [], mode="auto", batch_size=2, max_new_tokens=5)
+        evaluate(lm, TOPICS, [], mode="generate", batch_size=2, max_new_tokens=5)
     with pytest.raises(ValueError, match="unknown evaluation mode 'best'"):
         evaluate(lm, TOPICS, TOPICS.test, mode="best", batch_size=2, max_new_tokens=5)
 
@@ -119,4 +119,4 @@ def test_a_real_encoder_knows_topics_without_training(label_space: Any) -> None:
     task = Task("news", "accuracy", labels, "{instruction}{input}\nAnswer:", rows, rows, rows)
     config = RunConfig(model=str(minilm()), device="cpu", label_space=label_space)
     lm = load_language_model(config, {"moods": ("cheerful", "angry"), "news": labels})
-    assert evaluate(lm, task, rows, mode="auto", batch_size=8, max_new_tokens=4).score >= 75.0
+    assert evaluate(lm, task, rows, mode="generate", batch_size=8, max_new_tokens=4).score >= 75.0

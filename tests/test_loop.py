@@ -22,6 +22,7 @@ class Recorder(Method):
     """Notes what the loop asks for, in order."""
 
     name, summary, source = "recorder", "", ""
+    skipped = 0
     inner_steps, outer_steps = 3, 2
 
     def __init__(self, lm: LanguageModel, config: RunConfig) -> None:
@@ -166,8 +167,9 @@ def test_labels_name_the_variant(tiny_models: dict[str, Path]) -> None:
     cases = [
         (KIFConfig(), "recurrent-kif paper (M=1)"),
         (KIFConfig.preset("released-code"), "recurrent-kif released-code (M=4)"),
-        (KIFConfig(fusion="no-masks", outer_steps=4), "recurrent-kif without masks (M=4)"),
-        (KIFConfig(density=0.3), "recurrent-kif custom (M=1)"),
+        (KIFConfig(fusion="no-masks", outer_steps=4), "recurrent-kif paper (M=4, fusion=no-masks)"),
+        (KIFConfig(inner_steps=4, outer_steps=4), "recurrent-kif paper (M=4, inner_steps=4)"),
+        (KIFConfig(density=0.3), "recurrent-kif paper (M=1, density=0.3)"),
     ]
     for kif, label in cases:
         config.kif = kif

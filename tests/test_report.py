@@ -38,6 +38,8 @@ def content(label: str = "seqlora", seed: int = 0, **changes: Any) -> dict[str, 
         "seed": seed,
         "eval_split": "test",
         "eval_mode": "generate",
+        "settings": "",
+        "skipped": 0,
     }
     return {**values, **changes}
 
@@ -224,3 +226,14 @@ def test_a_runs_own_results_are_never_replaced(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match="no runs"):
         write_report([], tmp_path / "out")
     assert (run / "results.json").read_text() == before
+
+
+def test_runs_of_other_settings_are_no_repetitions() -> None:
+    groups = report.group_runs(
+        [make(settings="a"), make(seed=1, settings="a"), make(settings="b"), make("kif", settings="c")]
+    )
+    assert [(name, len(runs)) for name, runs in groups] == [
+        ("seqlora (settings a)", 2),
+        ("seqlora (settings b)", 1),
+        ("kif", 1),
+    ]

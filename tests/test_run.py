@@ -16,28 +16,6 @@ from kif.methods import METHODS
 from kif.run import evaluate_run, train
 from kif.tasks import DataError
 
-LABELS = {"colours": ["red", "green"], "sizes": ["big", "small", "tiny"], "moods": ["happy", "sad"]}
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three small tasks in the data layout."""
-    folder = tmp_path_factory.mktemp("data")
-    manifest: dict[str, Any] = {"prompt_template": "{instruction}{input}\nAnswer:", "tasks": {}}
-    for task, labels in LABELS.items():
-        (folder / task).mkdir()
-        manifest["tasks"][task] = {"metric": "accuracy", "labels": labels}
-        for split, count in (("train", 30), ("validation", 8), ("test", 9)):
-            rows = [
-                {"instruction": f"Which of the {task}? ", "input": f"{split} row {i} says {labels[i % len(labels)]}",
-                 "label": labels[i % len(labels)]}
-                for i in range(count)
-            ]  # fmt: skip
-            (folder / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    (folder / "orders.json").write_text(json.dumps({"abc": {"tasks": list(LABELS)}}))
-    return folder
-
 
 def config(written: Path, model: Path, output: Path, **options: Any) -> RunConfig:
     settings = {"order": "abc", "steps_per_task": 10, "lr": 1e-2, "max_length": 64, "max_new_tokens": 4, **options}
@@ -108,6 +86,33 @@ def test_equal_seeds_give_equal_runs(written: Path, tiny_models: dict[str, Path]
     assert weights("a", 0) == weights("longer", 0) != weights("c", 1)
 
 
+@pytest.mark.parametrize("kind", ["t5", "llama", "bert"])
+def test_bf16_trains_with_an_fp32_adapter(
+    written: Path, tiny_models: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    from safetensors.torch import load_file
+
+    train(config(written, tiny_models[kind], tmp_path / "run", precision="bf16"), progress=False)
+    weights = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(w.dtype == torch.float32 and w.isfinite().all() for w in weights.values())
+    assert any(w.any() for name, w in weights.items() if "lora_B" in name)
+
+
+def test_gradient_accumulation_does_not_change_the_run(
+    written: Path, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    ends = []
+    for accumulation in (1, 4):
+        run = tmp_path / str(accumulation)
+        options = {"gradient_accumulation": accumulation, "lora_dropout": 0.0, "lr": 1e-3, "method": "seqlora"}
+        train(config(written, tiny_models["llama"], run, **options), progress=False)
+        ends.append(load_file(run / "adapter" / "adapter_model.safetensors"))
+    for name, weight in ends[0].items():
+        torch.testing.assert_close(ends[1][name], weight, rtol=1e-2, atol=1e-4)
+
+
 def test_forward_transfer(written: Path, tiny_models: dict[str, Path], tmp_path: Path) -> None:
     results = train(config(written, tiny_models["bert"], tmp_path / "run", eval_forward=True), progress=False)
     a, zero = results["accuracy"], results["zero_shot"]
@@ -126,9 +131,75 @@ def test_held_out_rows_are_not_trained_on(written: Path, tiny_models: dict[str, 
     assert [task.rows("heldout") for task in other] == [task.rows("heldout") for task in prepare_tasks(settings)]
 
 
-def test_what_is_wrong_stops_the_run_before_training(
+def test_what_cannot_be_scored_stops_the_run_before_training(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    row = json.dumps({"instruction": "Say it. ", "input": "a b c", "label": "c"}) + "\n"
+    for task in ("first", "second"):
+        (data / task).mkdir(parents=True)
+        (data / task / "train.jsonl").write_text(row * 3)
+        (data / task / "validation.jsonl").write_text(row)
+    (data / "first" / "test.jsonl").write_text(row)
+    options: dict[str, Any] = {"order": None, "tasks": ["first", "second"]}
+    with pytest.raises(DataError, match=r"second.test\.jsonl"):
+        train(config(data, tiny_models["t5"], run, **options), progress=False)
+    options |= {"eval_split": "validation", "eval_mode": "rank"}
+    with pytest.raises(ValueError, match="'first' is free text"):
+        train(config(data, tiny_models["t5"], run, **options), progress=False)
+    assert not run.exists()
+
+
+def test_rows_that_were_trained_on_are_not_scored_as_held_out(
     written: Path, tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
+    train(config(written, tiny_models["bert"], tmp_path / "all"), progress=False)
+    with pytest.raises(ValueError, match="none are held out"):
+        evaluate_run(tmp_path / "all", progress=False, eval_split="heldout")
+    results = train(config(written, tiny_models["bert"], tmp_path / "part", eval_split="heldout"), progress=False)
+    assert evaluate_run(tmp_path / "part", progress=False)["op"] == results["op"]
+
+
+def test_data_comes_from_the_environment_and_folders_become_absolute(
+    written: Path, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KIF_DATA", str(written))
+    monkeypatch.chdir(tiny_models["bert"].parent)
+    results = train(
+        replace(config(written, Path(tiny_models["bert"].name), tmp_path / "run"), data=None), progress=False
+    )
+    monkeypatch.chdir(tmp_path)
+    assert evaluate_run(tmp_path / "run", progress=False)["op"] == results["op"]
+
+
+def test_fields_without_effect_are_named(written: Path, tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"method": "seqlora", "kif": KIFConfig(density=0.5), "head": "linear"}
+    with pytest.warns(UserWarning, match="no effect with seqlora and this model: kif, head"):
+        train(config(written, tiny_models["t5"], tmp_path / "run", **options), progress=False)
+
+
+def test_skipped_steps_are_reported(
+    written: Path, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kif.seq2seq import EncoderDecoderModel
+
+    real, calls = EncoderDecoderModel.loss, []
+
+    def broken(self: Any, batch: Any) -> Any:
+        calls.append(1)
+        loss, count = real(self, batch)
+        return (loss * float("nan") if len(calls) in (2, 25) else loss), count
+
+    monkeypatch.setattr(EncoderDecoderModel, "loss", broken)
+    results = train(config(written, tiny_models["t5"], tmp_path / "run"), progress=False)
+    assert results["skipped"] == 2
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rounds = [record for record in records if "loss" in record]
+    assert rounds[0]["loss"] is None and rounds[-1]["skipped"] == 2
+
+
+def test_what_is_wrong_stops_the_run_before_training(
+    written: Path, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("KIF_DATA", raising=False)
     run = tmp_path / "run"
     good = config(written, tiny_models["t5"], run)
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -137,11 +208,18 @@ def test_what_is_wrong_stops_the_run_before_training(
         ({"order": None, "tasks": ["colours", "sices"]}, DataError, "sizes"),
         ({"precision": "fp16"}, ValueError, "overflow"),
         ({"model": ""}, ValueError, "no model"),
+        ({"model": str(tmp_path / "nosuch")}, ValueError, "no such folder"),
+        ({"device": "cuda:99"}, ValueError, "not available"),
+        ({"device": "gpu"}, ValueError, "unknown device"),
+        ({"max_length": 3}, ValueError, "no room for the input"),
     ]
     for change, error, message in cases:
         with pytest.raises(error, match=message):
             train(replace(good, **change), progress=False)
         assert not run.exists()
+    monkeypatch.setenv("KIF_BACKEND", "triton")
+    with pytest.raises(ValueError, match="KIF_BACKEND='triton'"):
+        train(good, progress=False)
     run.mkdir()
     (run / "results.json").write_text("{}")
     with pytest.raises(FileExistsError, match="not empty"):

@@ -14,6 +14,7 @@ from kif.families import Batch, Encoded, LanguageModel
 from kif.optimizer import ArenaAdamW, OptimizerConfig, inspect_gradient
 from kif.tasks import Task
 from kif.timing import Stopwatch
+from kif_kernels import backend_name
 
 
 class Method(ABC):
@@ -31,16 +32,24 @@ class Method(ABC):
         name: as on the command line.
         summary: one line for `kif methods`.
         source: where the method is from.
+        unused: fields of RunConfig that have no effect on it.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     source: ClassVar[str]
+    unused: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, lm: LanguageModel, config: RunConfig) -> None:
         self.lm, self.config = lm, config
         self.arena = ParameterArena.of(lm.model)
-        self.stopwatch = Stopwatch(self.arena.device)
+        self.stopwatch = Stopwatch()
+        backend_name(self.arena.device.type)  # an impossible KIF_BACKEND is refused here, not ignored
+
+    @property
+    @abstractmethod
+    def skipped(self) -> int:
+        """Steps that changed nothing because their gradient was not finite. Waits for the device."""
 
     @property
     def label(self) -> str:
@@ -69,7 +78,10 @@ class Method(ABC):
         return list(rows)
 
     def loss(self, batch: Batch) -> tuple[Tensor, int]:
-        """(sum of the loss, number it is a sum over) of a batch of new or memory rows."""
+        """(sum of the loss, number it is a sum over) of a micro-batch of new or memory rows.
+
+        The loop divides by the number of the whole step, so a penalty on the parameters is added times the number.
+        """
         return self.lm.loss(batch)
 
     @abstractmethod
@@ -105,9 +117,13 @@ class SingleAdapterMethod(Method):
     def begin_task(self, index: int, memory: Sequence[Encoded]) -> None:
         self.optimizer.reset()
 
+    @property
+    def skipped(self) -> int:
+        return int(self.optimizer.skipped.item())
+
     def inner_step(self, lr: float) -> None:
         self.arena.check()
-        with self.stopwatch.section("optimizer"):
+        with self.stopwatch.section("optimizer", self.arena.device):
             self.optimizer.step(lr, inspect_gradient(self.arena.grad, self.config.max_grad_norm))
         self.arena.zero_grad()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from kif.config import PRESETS, KIFConfig, RunConfig
@@ -26,13 +27,11 @@ class RecurrentKIFMethod(Method):
 
     @property
     def label(self) -> str:
-        kif = self.config.kif
-        if kif.fusion == "no-masks":
-            return f"{self.name} without masks (M={kif.outer_steps})"
-        for name in PRESETS:
-            if KIFConfig.preset(name, inner_steps=kif.inner_steps, outer_steps=kif.outer_steps) == kif:
-                return f"{self.name} {name} (M={kif.outer_steps})"
-        return f"{self.name} custom (M={kif.outer_steps})"
+        return f"{self.name} {variant(self.config.kif)}"
+
+    @property
+    def skipped(self) -> int:
+        return int(self.engine.skipped.item())
 
     @property
     def inner_steps(self) -> int:
@@ -65,3 +64,15 @@ class RecurrentKIFMethod(Method):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.engine.load_state_dict(state["engine"])
         self._has_memory = state["has_memory"]
+
+
+def variant(kif: KIFConfig) -> str:
+    """The preset that is nearest and every switch that differs from it: `paper (M=4, density=0.5)`."""
+
+    def changes(preset: str) -> dict[str, Any]:
+        base = asdict(KIFConfig.preset(preset, outer_steps=kif.outer_steps))
+        return {name: value for name, value in asdict(kif).items() if value != base[name]}
+
+    nearest = min(PRESETS, key=lambda preset: len(changes(preset)))
+    parts = [f"M={kif.outer_steps}", *(f"{name}={value}" for name, value in changes(nearest).items())]
+    return f"{nearest} ({', '.join(parts)})"
