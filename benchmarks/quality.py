@@ -4,7 +4,8 @@
 
 Every variant gets the same number of optimizer steps a task (inner and outer together) from the same seeds, on every
 order. Runs are kept in --runs and are not run again, so an interrupted table continues. `--jobs` runs use one thread
-each. The rows scored are a fixed random subset of the chosen split.
+each. The rows scored are a fixed random subset of the chosen split. Seconds are not reported: runs side by side
+disturb each other.
 """
 
 from __future__ import annotations
@@ -77,7 +78,6 @@ def summarise(cells: list[dict[str, Any]]) -> dict[str, Any]:
     ]
     if learned:
         row["learned"] = round(statistics.fmean(learned), 2)
-    row["seconds"] = round(statistics.fmean(cell["seconds"] for cell in cells), 1)
     return row
 
 

@@ -51,7 +51,7 @@ def run_demo(output: Path, data: str | None, model: str | None, steps: int | Non
         "steps_per_task": steps or 72,
         "max_length": 64,
         "limit_eval": 150,
-        "lr": 1e-3,
+        "lr": 2e-3,
         "warmup_steps": 10,
     }
     runs = []
