@@ -54,6 +54,8 @@ def evaluate(
     """
     if not examples:
         raise ValueError(f"task {task.name!r}: there are no rows to score")
+    if mode not in ("generate", "rank"):
+        raise ValueError(f"unknown evaluation mode {mode!r}; there are generate and rank")
     start = time.perf_counter()
     rows = (cache or TokenCache(None)).encode(lm, task, examples)
     # longest first: memory runs out at once or not at all

@@ -18,7 +18,9 @@ from kif.tasks import DataError
 
 
 def config(written: Path, model: Path, output: Path, **options: Any) -> RunConfig:
-    settings = {"order": "abc", "steps_per_task": 10, "lr": 1e-2, "max_length": 64, "max_new_tokens": 4, **options}
+    settings = {"order": "abc", "steps_per_task": 10, "lr": 1e-2, "max_length": 64, **options}
+    if model.name[:4] != "bert":
+        settings.setdefault("max_new_tokens", 4)
     return RunConfig(
         model=str(model), data=str(written), output=str(output), cache_dir=str(output.parent / "cache"), **settings
     )
