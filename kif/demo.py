@@ -28,7 +28,7 @@ def run_demo(output: Path, data: str | None, model: str | None, steps: int | Non
         data: task folder; its order `demo`, or its first order, is trained. None: the demo's own tasks, built from
             the packages of the `demo` extra.
         model: folder or hub name of the model. Default: the MiniLM encoder of the `demo` extra.
-        steps: optimizer steps for each task and method; None: 72.
+        steps: optimizer steps for each task and method; None: 120.
         seed: seed of all three runs.
     Returns: 0.
     Raises: FileNotFoundError naming the extra to install when a package of the demo is missing.
@@ -48,7 +48,7 @@ def run_demo(output: Path, data: str | None, model: str | None, steps: int | Non
         "data": str(folder),
         "order": _order(folder),
         "seed": seed,
-        "steps_per_task": steps or 72,
+        "steps_per_task": steps or 120,
         "max_length": 64,
         "limit_eval": 150,
         "lr": 2e-3,
