@@ -93,9 +93,14 @@ def table(summary: dict[str, dict[str, Any]]) -> str:
         for order in orders:
             for key in ("op", "bwt"):
                 value = rows.get(order, {}).get(key)
-                cells.append(f"{value['mean']:.1f} ± {value['std'] or 0:.1f}" if value else "")
+                cells.append(_mean_std(value) if value else "")
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _mean_std(value: dict[str, Any]) -> str:
+    spread = "" if value["std"] is None else f" ± {value['std']:.1f}"
+    return f"{value['mean']:.1f}{spread}"
 
 
 def main() -> None:
