@@ -19,6 +19,12 @@ DEMO_METHODS: dict[str, dict[str, Any]] = {
 }
 """What the demo compares, from the same seed with equal steps. 5% of 400 rows are the paper's 20 rows a task."""
 
+LENGTHS: dict[str, dict[str, int]] = {
+    "encoder": {"max_length": 64},
+    "generative": {"max_length": 256, "max_target_length": 16, "max_new_tokens": 16},
+}
+"""Encoders read the text only; the others read instruction and options with it and write a label."""
+
 
 def run_demo(output: Path, data: str | None, model: str | None, steps: int | None, seed: int) -> int:
     """Train SeqLoRA, LoRAReplay and Recurrent-KIF on one task sequence and show what each has forgotten.
@@ -34,6 +40,7 @@ def run_demo(output: Path, data: str | None, model: str | None, steps: int | Non
     Raises: FileNotFoundError naming the extra to install when a package of the demo is missing.
     """
     from kif.demo_data import build_demo_data
+    from kif.models import model_family
     from kif.report import comparison_table, load_results, write_report
     from kif.run import train
     from kif.tokenization import cache_folder
@@ -43,16 +50,17 @@ def run_demo(output: Path, data: str | None, model: str | None, steps: int | Non
     if data == "hub":
         raise ValueError("the demo reads a task folder; for tasks of the hub use `kif train --data hub --order 1`")
     folder = Path(data) if data else build_demo_data(cache_folder(None) / "demo-data")
+    model = model or str(minilm_folder())
     common: dict[str, Any] = {
-        "model": model or str(minilm_folder()),
+        "model": model,
         "data": str(folder),
         "order": _order(folder),
         "seed": seed,
         "steps_per_task": steps or 120,
-        "max_length": 64,
         "limit_eval": 150,
         "lr": 2e-3,
         "warmup_steps": 10,
+        **LENGTHS["encoder" if model_family(model) == "encoder" else "generative"],
     }
     runs = []
     for name, settings in DEMO_METHODS.items():

@@ -68,6 +68,13 @@ def load_language_model(
     return EncoderModel(model, tokenizer, labels=labels, label_space=config.label_space, head=config.head, **lengths)
 
 
+def model_family(name: str) -> Family:
+    """The family of a model folder or hub name. Raises: ValueError where there is none or its type is of no family."""
+    from transformers import AutoConfig
+
+    return family_of(_from_pretrained(AutoConfig, name))
+
+
 def family_of(model_config: Any) -> Family:
     """The family by a transformers config. Raises: ValueError for a model type of none."""
     from transformers.models.auto import modeling_auto as auto

@@ -17,10 +17,11 @@ from kif.results import load_results
 QUALITY = Path(__file__).parents[1] / "benchmarks" / "quality.py"
 
 
+@pytest.mark.parametrize("kind", ["bert", "t5"])
 def test_demo_ends_in_a_table_a_picture_and_what_was_measured(
-    written: Path, tiny_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    written: Path, tiny_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    assert run_demo(tmp_path / "demo", str(written), str(tiny_models["bert"]), 12, 0) == 0
+    assert run_demo(tmp_path / "demo", str(written), str(tiny_models[kind]), 12, 0) == 0
     shown = capsys.readouterr().out
     results = [load_results(tmp_path / "demo" / name) for name in DEMO_METHODS]
     assert {sum(result.steps.values()) for result in results} == {36}
