@@ -37,7 +37,6 @@ class RecurrentKIF:
     def __init__(
         self, arena: ParameterArena, config: KIFConfig | None = None, optimizer: OptimizerConfig | None = None
     ) -> None:
-        kif_kernels.backend_name(arena.device.type)  # an impossible KIF_BACKEND is refused here, not ignored
         self.arena = arena
         self.config = config or KIFConfig()
         self.optimizer_config = optimizer or OptimizerConfig()
@@ -118,7 +117,8 @@ class RecurrentKIF:
         arena, config = self.arena, self.config
         arena.check()
         if not self._outer_done:
-            arena.buffer("theta_inner").copy_(arena.data)
+            with self._section("fusion"):
+                arena.buffer("theta_inner").copy_(arena.data)
         with self._section("threshold"):
             scores_in, scores_out = self._thresholded("in"), self._thresholded("out")
         strict = config.mask == "above"

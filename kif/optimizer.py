@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kif.arena import ParameterArena
-from kif_kernels import adamw_importance_
+from kif_kernels import adamw_importance_, backend_name
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,12 @@ class ArenaAdamW:
 
     Attributes:
         skipped: 0-d tensor on the device, steps skipped because of a non-finite gradient, over all tasks.
+
+    Raises: ValueError when KIF_BACKEND names no implementation.
     """
 
     def __init__(self, arena: ParameterArena, name: str, config: OptimizerConfig) -> None:
+        backend_name(arena.device.type)  # an impossible KIF_BACKEND is refused here, not ignored
         self.arena, self.name, self.config = arena, name, config
         self._steps = torch.zeros((), dtype=torch.float64, device=arena.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=arena.device)

@@ -72,8 +72,7 @@ def train(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
 
     config = check_inputs(config)
     output = Path(config.output)
-    if output.exists() and any(output.iterdir()):
-        raise FileExistsError(f"{output} is not empty: choose another --output or remove it")
+    check_unused(output)
     tasks = prepare_tasks(config)
     torch.manual_seed(config.seed)
     lm = load_language_model(config, {task.name: task.labels for task in tasks})
@@ -215,8 +214,6 @@ def evaluate_run(
             raise ValueError(f"checkpoint must lie between 1 and {len(tasks)}, got {checkpoint}")
         adapter = checkpoint_folder(run, checkpoint - 1, tasks[checkpoint - 1].name)
     folder = adapter or run / "adapter"
-    if not (folder / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"{folder / 'adapter_config.json'} does not exist: no adapter there")
     lm = load_language_model(config, {task.name: task.labels for task in tasks}, adapter=folder)
     cache = TokenCache(cache_folder(config.cache_dir))
     start = time.perf_counter()
@@ -242,6 +239,12 @@ def checkpoint_folder(run: Path, index: int, task: str) -> Path:
 def save_adapter(lm: LanguageModel, folder: Path) -> None:
     """Write the adapter as a plain PEFT folder (adapter_model.safetensors, adapter_config.json)."""
     lm.model.save_pretrained(str(folder), safe_serialization=True)
+
+
+def check_unused(output: Path) -> None:
+    """Raise FileExistsError for a folder that holds anything: a run never overwrites another."""
+    if output.exists() and any(output.iterdir()):
+        raise FileExistsError(f"{output} is not empty: choose another --output or remove it")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 
 import torch
 
+MAX_PENDING = 1024
+"""Events kept before the finished ones are read; a run of days must not hold one for every step."""
+
 
 class Stopwatch:
     """Adds up seconds by section; on CUDA by events, which are read when they are done."""
@@ -27,8 +30,8 @@ class Stopwatch:
             yield
             end.record(stream)
             self._events.append((name, start, end))
-            if len(self._events) >= 1024:
-                self._read([event for event in self._events if event[2].query()])
+            if len(self._events) >= MAX_PENDING:
+                self._read(wait=False)
         else:
             start_time = time.perf_counter()
             yield
@@ -36,13 +39,17 @@ class Stopwatch:
 
     def seconds(self) -> dict[str, float]:
         """Seconds so far by section. On CUDA this waits for the device."""
-        for _, _, end in self._events:
-            end.synchronize()
-        self._read(list(self._events))
+        self._read(wait=True)
         return dict(self._seconds)
 
-    def _read(self, finished: list[tuple[str, torch.cuda.Event, torch.cuda.Event]]) -> None:
-        for event in finished:
-            name, start, end = event
+    def _read(self, wait: bool) -> None:
+        """Add up finished events; with `wait`, all of them."""
+        pending = []
+        for name, start, end in self._events:
+            if wait:
+                end.synchronize()
+            elif not end.query():
+                pending.append((name, start, end))
+                continue
             self._seconds[name] += start.elapsed_time(end) / 1000.0
-            self._events.remove(event)
+        self._events = pending

@@ -14,7 +14,6 @@ from kif.families import Batch, Encoded, LanguageModel
 from kif.optimizer import ArenaAdamW, OptimizerConfig, inspect_gradient
 from kif.tasks import Task
 from kif.timing import Stopwatch
-from kif_kernels import backend_name
 
 
 class Method(ABC):
@@ -44,7 +43,6 @@ class Method(ABC):
         self.lm, self.config = lm, config
         self.arena = ParameterArena.of(lm.model)
         self.stopwatch = Stopwatch()
-        backend_name(self.arena.device.type)  # an impossible KIF_BACKEND is refused here, not ignored
 
     @property
     @abstractmethod
