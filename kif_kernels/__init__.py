@@ -1,25 +1,25 @@
 """Importance scoring, threshold selection and masked fusion over flat parameter buffers.
 
-Needs torch alone. `reference` holds the definition of every operation; `backend_name` says which implementation
-a device gets.
+Needs torch, and triton for the kernels. `reference` holds the definition of every operation; `backend_name` says which
+implementation a device gets. All operations are also there as `torch.ops.kif.*`.
 """
 
-from kif_kernels.backend import backend_name
-from kif_kernels.reference import (
-    FUSION_TABLES,
-    NO_MASKS,
-    NO_SHARE,
-    PAPER,
-    RELEASED_CODE,
-    FusionTable,
+from kif_kernels import ops as _ops  # noqa: F401 (registers torch.ops.kif)
+from kif_kernels.api import (
     adamw_importance_,
     fuse_,
+    gradient_state_,
     importance_ema_,
     importance_quantile,
     importance_threshold,
+    importance_thresholds,
     importance_uncertainty_ema_,
-    mask_size,
 )
+from kif_kernels.backend import backend_name
+from kif_kernels.checks import mask_size
+from kif_kernels.fusion_table import FUSION_TABLES, NO_MASKS, NO_SHARE, PAPER, RELEASED_CODE, FusionTable
+from kif_kernels.segments import Segments
+from kif_kernels.streaming import StreamingThreshold
 
 __all__ = [
     "FUSION_TABLES",
@@ -28,12 +28,16 @@ __all__ = [
     "PAPER",
     "RELEASED_CODE",
     "FusionTable",
+    "Segments",
+    "StreamingThreshold",
     "adamw_importance_",
     "backend_name",
     "fuse_",
+    "gradient_state_",
     "importance_ema_",
     "importance_quantile",
     "importance_threshold",
+    "importance_thresholds",
     "importance_uncertainty_ema_",
     "mask_size",
 ]

@@ -209,7 +209,7 @@ def test_wrong_input_is_named() -> None:
 
 def test_backend_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KIF_BACKEND", raising=False)
-    assert kk.backend_name("cpu") == "reference"
+    assert kk.backend_name("cpu") == "eager"
     monkeypatch.setenv("KIF_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="nonsense"):
         kk.backend_name("cpu")

@@ -1,0 +1,81 @@
+"""What the operations require of their arguments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from kif_kernels.segments import Segments
+
+STATE_DTYPES = (torch.float32, torch.bfloat16)
+VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def mask_size(density: float, n: int) -> int:
+    """k = ceil(density * n), at least 1: how many of n elements a mask of this density keeps when none tie.
+
+    The density is taken as the decimal number it prints as, so that 0.1 of 30 is 3 and not 4.
+    Raises: ValueError for a density outside [0, 1].
+    """
+    check_density(density)
+    return max(1, math.ceil(Fraction(repr(float(density))) * n))
+
+
+def check_density(density: float) -> None:
+    check_unit("density", density)
+
+
+def check_unit(name: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")
+
+
+def check_same_shape(of: str, shape: torch.Size, tensors: Mapping[str, Tensor | None]) -> None:
+    """Every given tensor has the shape of the one named `of`."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, {of} has {tuple(shape)}")
+
+
+def check_dtype(tensors: Mapping[str, Tensor | None], allowed: Sequence[torch.dtype]) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in allowed:
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+            raise ValueError(f"{name} must be {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def check_scalars(device: torch.device, tensors: Mapping[str, Tensor | None]) -> None:
+    """Every given tensor has one element and lies on `device`."""
+    for name, tensor in tensors.items():
+        if tensor is not None and (tensor.numel() != 1 or tensor.device != device):
+            raise ValueError(f"{name} must be a 0-d tensor on {device}, got {tuple(tensor.shape)} on {tensor.device}")
+
+
+def check_numel(importance: Tensor, numel: int | None) -> int:
+    n = importance.numel() if numel is None else numel
+    if not 0 < n <= importance.numel():
+        raise ValueError(f"importance has {importance.numel()} elements; cannot rank {n} of them")
+    return n
+
+
+def check_scores(
+    scores: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    sides: int,
+    segments: Segments | None,
+    numels: Sequence[int],
+) -> None:
+    if len(scores) != sides or len(factors) not in (0, sides):
+        raise ValueError(f"{len(scores)} score and {len(factors)} factor buffers for {sides} sides")
+    needed = segments.end if segments is not None else numels[0]
+    for name, tensors in (("scores", scores), ("factors", factors)):
+        for i, tensor in enumerate(tensors):
+            check_dtype({f"{name}[{i}]": tensor}, STATE_DTYPES)
+            if tensor.numel() < needed:
+                raise ValueError(f"{name}[{i}] has {tensor.numel()} elements, {needed} are to be ranked")
+    for i, tensor in enumerate(factors):
+        check_same_shape(f"scores[{i}]", scores[i].shape, {f"factors[{i}]": tensor})

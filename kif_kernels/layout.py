@@ -1,0 +1,27 @@
+"""The workspace of the streaming selection: sizes and places that the kernels and their callers agree on.
+
+Scores are not negative, so the 31 bits of their float32 are ordered as they are. Selection narrows an interval of
+bit patterns: level 0 is a histogram over a window (taken inside the last importance pass, or by a pass of its own),
+each further level a histogram of the one bin that holds the wanted rank, down to single values.
+
+histograms: int64 [sides, LEVELS, groups, BINS], all 0 between uses.
+state: int64 [sides, groups, LEVELS + 1, 4]. Row l < LEVELS: (shift, base, parent shift, rank) of the histogram of level
+l: bin = (bits >> shift) - base, of elements whose bits >> parent shift equal base >> (parent shift - shift); at level
+0 bins are clamped instead. Row LEVELS: (done, threshold bits, passes that were needed in the last use, in all uses).
+"""
+
+BINS = 512
+LEVELS = 5
+ROW = 4
+
+WHOLE_SHIFT = 22
+"""Window over every float32: half an octave a bin, base 0."""
+
+WINDOW_SHIFT = 15
+"""Window around the last threshold: 1/256 octave a bin, one octave to each side."""
+
+STEP = 9
+"""Bits that a level resolves: BINS = 2**STEP."""
+
+APPROXIMATE_LIMIT = 1e-3
+"""Approximate selection stops at a bin that holds at most this fraction of the elements."""
