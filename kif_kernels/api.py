@@ -106,7 +106,7 @@ def importance_uncertainty_ema_(
     E <- decay * E + (1 - decay) * |w * g|, then with the new E
     U <- uncertainty_decay * U + (1 - uncertainty_decay) * | |w * g| - E |, both in place.
 
-    Args and errors as `importance_ema_`; uncertainty is state of importance's shape and dtype; the histogram is of E * U.
+    Args and errors as `importance_ema_`; uncertainty has importance's shape and dtype; E * U is counted.
     Returns: importance (E).
     """
     _check_importance(importance, weight, grad, decay, skip, histogram, window)

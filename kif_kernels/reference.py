@@ -60,7 +60,7 @@ def importance_ema_(
     histogram: Tensor | None,
     window: Tensor | None,
 ) -> None:
-    """I <- decay * I + (1 - decay) * |w * g|; with U: U <- uncertainty_decay * U + (1 - uncertainty_decay) * | |w * g| - I |.
+    """s = |w * g|;  I <- decay * I + (1 - decay) * s;  U <- uncertainty_decay * U + (1 - uncertainty_decay) * |s - I|.
 
     reset takes the old I and U as 0; skip leaves them as they are (as 0 with reset). histogram += counts of I (I * U).
     """
@@ -127,9 +127,9 @@ def adamw_importance_(
 
 
 def histogram_(histogram: Tensor, window: Tensor, importance: Tensor, uncertainty: Tensor | None) -> None:
-    """histogram[b] += number of scores x with b = clamp((bits(x) >> shift) - base, 0, BINS - 1); window = (shift, base).
+    """histogram[b] += number of scores x with b = clamp((bits(x) >> shift) - base, 0, BINS - 1).
 
-    The bits of a float32 that is not negative are ordered as the number is. x is I, or I * U.
+    window = (shift, base). The bits of a float32 that is not negative are ordered as the number is. x is I, or I * U.
     """
     bits = _scores(importance, uncertainty).reshape(-1).view(torch.int32).to(torch.int64)
     bins = ((bits >> window[0]) - window[1]).clamp(0, BINS - 1)
@@ -193,8 +193,9 @@ def fuse_(
     else:
         buffers = (theta, theta_start, theta_inner, scores_in, scores_out)
         for group, (a, n) in enumerate(zip(starts, numels, strict=True)):
-            parts = [buffer[a : a + n] for buffer in buffers]
-            _fuse_part(*parts, threshold_in[group], threshold_out[group], weights, strict, write_start, kept, 0)
+            part, start, inner, in_, out = (buffer[a : a + n] for buffer in buffers)
+            t_in, t_out = threshold_in[group], threshold_out[group]
+            _fuse_part(part, start, inner, in_, out, t_in, t_out, weights, strict, write_start, kept, 0)
     if shadow is not None:
         shadow.copy_(theta)
 

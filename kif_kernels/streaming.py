@@ -1,4 +1,4 @@
-"""The workspace of a threshold that is selected again and again: every round, for the inner and the outer importance."""
+"""A threshold that is selected again and again: every round, for the inner and the outer importance."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class StreamingThreshold:
 
     @property
     def refinements(self) -> Tensor:
-        """int64 [sides, groups], on the device: passes over the scores, after the counted one, that were needed so far."""
+        """int64 [sides, groups], on the device: passes after the first histogram that were needed so far."""
         if self._state is None:
             return torch.zeros(self.thresholds.shape, dtype=torch.int64, device=self.thresholds.device)
         return self._state[:, :, LEVELS, 3]

@@ -1,0 +1,197 @@
+"""AdamW, importance EMA, snapshots, low-precision copy and histogram in one pass.
+
+20 + 16 B/element in float32 (plain AdamW 16 + 12); + 4 for each snapshot and for zeroing the gradient, + 2 for a
+low-precision copy, + 8 for uncertainty; - 4 on the first step of a round.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kif_kernels import reference
+from kif_kernels.kernels.common import BINS, bit_bins, flush, lerp, score, updated_score, updated_uncertainty
+from kif_kernels.kernels.launch import BLOCK, contiguous, flat, launch, lerp_weight, programs_for
+
+
+@triton.jit
+def adamw_kernel(
+    weight_ptr,
+    grad_ptr,
+    exp_avg_ptr,
+    exp_avg_sq_ptr,
+    importance_ptr,
+    uncertainty_ptr,
+    before_ptr,
+    after_ptr,
+    shadow_ptr,
+    histogram_ptr,
+    window_ptr,
+    lr_ptr,
+    step_ptr,
+    grad_scale_ptr,
+    inv_scale_ptr,
+    skip_ptr,
+    lr,
+    keep,
+    bias1,
+    inv_root_bias2,
+    log2_beta1,
+    log2_beta2,
+    weight_decay,
+    eps,
+    c1,
+    near_new1,
+    c2,
+    near_new2,
+    c,
+    near_new,
+    uncertainty_c,
+    uncertainty_near_new,
+    n,
+    RESET: tl.constexpr,
+    AFTER_UPDATE: tl.constexpr,
+    ZERO_GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    skip = False
+    if skip_ptr is not None:
+        skip = tl.load(skip_ptr) != 0
+    if lr_ptr is not None:
+        lr = tl.load(lr_ptr)
+        keep = (1.0 - lr.to(tl.float64) * weight_decay).to(tl.float32)
+    if step_ptr is not None:
+        # 1 - beta2**step is small: float32 powers would lose most of it
+        step = tl.maximum(tl.load(step_ptr), 1.0)
+        bias1 = (1.0 - tl.exp2(step * log2_beta1)).to(tl.float32)
+        inv_root_bias2 = (1.0 / tl.sqrt(1.0 - tl.exp2(step * log2_beta2))).to(tl.float32)
+    rate = tl.div_rn(lr, bias1)
+    if histogram_ptr is not None:
+        shift = tl.load(window_ptr).to(tl.int32)
+        base = tl.load(window_ptr + 1).to(tl.int32)
+        counts = tl.zeros([BINS], dtype=tl.int32)
+    for block in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
+        at = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = at < n
+        stored = tl.load(weight_ptr + at, mask=mask, other=0.0)
+        if before_ptr is not None:
+            tl.store(before_ptr + at, stored, mask=mask)
+        w = stored.to(tl.float32)
+        g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if inv_scale_ptr is not None:
+            g *= tl.load(inv_scale_ptr)
+        clipped = g
+        if grad_scale_ptr is not None:
+            clipped = g * tl.load(grad_scale_ptr)
+        m_old = tl.load(exp_avg_ptr + at, mask=mask, other=0.0)
+        v_old = tl.load(exp_avg_sq_ptr + at, mask=mask, other=0.0)
+        m = lerp(m_old, clipped, c1, near_new1)
+        v = lerp(v_old, clipped * clipped, c2, near_new2)
+        new = w * keep - rate * tl.div_rn(m, tl.sqrt_rn(v) * inv_root_bias2 + eps)
+        new = tl.where(skip, stored, new.to(weight_ptr.dtype.element_ty))
+        tl.store(exp_avg_ptr + at, tl.where(skip, m_old, m), mask=mask)
+        tl.store(exp_avg_sq_ptr + at, tl.where(skip, v_old, v), mask=mask)
+        tl.store(weight_ptr + at, new, mask=mask)
+        if after_ptr is not None:
+            tl.store(after_ptr + at, new, mask=mask)
+        if shadow_ptr is not None:
+            tl.store(shadow_ptr + at, new.to(tl.float32).to(shadow_ptr.dtype.element_ty), mask=mask)
+        if ZERO_GRAD:
+            tl.store(grad_ptr + at, tl.zeros_like(g).to(grad_ptr.dtype.element_ty), mask=mask)
+        if importance_ptr is not None:
+            if AFTER_UPDATE:
+                s = score(new.to(tl.float32), clipped)
+            else:
+                s = score(w, g)
+            ranked = updated_score(s, importance_ptr, at, mask, c, near_new, skip, RESET)
+            if uncertainty_ptr is not None:
+                ranked *= updated_uncertainty(
+                    s, ranked, uncertainty_ptr, at, mask, uncertainty_c, uncertainty_near_new, skip, RESET
+                )
+            if histogram_ptr is not None:
+                counts += tl.histogram(bit_bins(ranked, shift, base), BINS, mask=mask)
+    if histogram_ptr is not None:
+        flush(histogram_ptr, counts)
+
+
+def adamw_importance_(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    importance: Tensor | None,
+    uncertainty: Tensor | None,
+    snapshot_before: Tensor | None,
+    snapshot_after: Tensor | None,
+    shadow: Tensor | None,
+    histogram: Tensor | None,
+    window: Tensor | None,
+    lr: float,
+    lr_tensor: Tensor | None,
+    step: float,
+    step_tensor: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decay: float,
+    uncertainty_decay: float,
+    reset: bool,
+    after_update: bool,
+    zero_grad: bool,
+    grad_scale: Tensor | None,
+    inv_scale: Tensor | None,
+    skip: Tensor | None,
+) -> None:
+    """One pass over all elements; arguments as `reference.adamw_importance_`. Strided tensors take the definition."""
+    streams = (weight, grad, exp_avg, exp_avg_sq, importance, uncertainty, snapshot_before, snapshot_after, shadow)
+    if not contiguous(*streams):
+        reference.adamw_importance_(
+            *streams, histogram, window, lr, lr_tensor, step, step_tensor, beta1, beta2, eps, weight_decay, decay,
+            uncertainty_decay, reset, after_update, zero_grad, grad_scale, inv_scale, skip,
+        )  # fmt: skip
+        return
+    if step_tensor is None:
+        bias1, inv_root_bias2 = 1.0 - beta1**step, 1.0 / math.sqrt(1.0 - beta2**step)
+    else:
+        bias1 = inv_root_bias2 = 1.0
+    n = weight.numel()
+    # the histogram is added to memory, and powers of the betas are taken, once a program
+    few = histogram is not None or step_tensor is not None
+    launch(
+        adamw_kernel,
+        (programs_for(n, weight.device, few=few),),
+        *map(flat, streams),
+        histogram,
+        window,
+        lr_tensor,
+        step_tensor,
+        grad_scale,
+        inv_scale,
+        skip,
+        lr,
+        1.0 - lr * weight_decay,
+        bias1,
+        inv_root_bias2,
+        _log2(beta1),
+        _log2(beta2),
+        weight_decay,
+        eps,
+        *lerp_weight(1.0 - beta1),
+        *lerp_weight(1.0 - beta2),
+        *lerp_weight(1.0 - decay),
+        *lerp_weight(1.0 - uncertainty_decay),
+        n,
+        RESET=reset,
+        AFTER_UPDATE=after_update,
+        ZERO_GRAD=zero_grad,
+        BLOCK=BLOCK,
+    )
+
+
+def _log2(beta: float) -> float:
+    """log2, with a stand-in for 0 whose power vanishes."""
+    return math.log2(beta) if beta > 0.0 else -1e30

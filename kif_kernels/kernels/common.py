@@ -1,0 +1,54 @@
+"""Device functions that several kernels share."""
+
+import triton
+import triton.language as tl
+
+from kif_kernels import layout
+
+BINS: tl.constexpr = tl.constexpr(layout.BINS)
+
+
+@triton.jit
+def score(weight, grad):
+    """|w * g|; 0 where it is not finite: inf and nan both fail the comparison."""
+    s = tl.abs(weight * grad)
+    return tl.where(s < float("inf"), s, 0.0)
+
+
+@triton.jit
+def lerp(old, new, c, near_new):
+    """torch.lerp, from the nearer end, with one rounding of the product and sum; c == 0 returns that end alone."""
+    a = tl.where(near_new != 0, new, old)
+    b = tl.where(near_new != 0, old, new)
+    return tl.where(c == 0.0, a, tl.fma(b - a, c, a))
+
+
+@triton.jit
+def updated_score(s, importance_ptr, at, mask, c, near_new, skip, RESET: tl.constexpr):
+    """The new importance in its storage dtype, widened again, so that what is counted is what is stored."""
+    if RESET:
+        old = tl.zeros_like(s)
+    else:
+        old = tl.load(importance_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    new = tl.where(skip, old, lerp(old, s, c, near_new)).to(importance_ptr.dtype.element_ty)
+    tl.store(importance_ptr + at, new, mask=mask)
+    return new.to(tl.float32)
+
+
+@triton.jit
+def updated_uncertainty(s, importance, uncertainty_ptr, at, mask, c, near_new, skip, RESET: tl.constexpr):
+    """As `updated_score`, of | s - I | with the new I."""
+    return updated_score(tl.abs(s - importance), uncertainty_ptr, at, mask, c, near_new, skip, RESET)
+
+
+@triton.jit
+def bit_bins(scores, shift, base):
+    """Histogram bin of a score: its bits, shifted, relative to the window, clamped into it."""
+    bins = (scores.to(tl.int32, bitcast=True) >> shift) - base
+    return tl.minimum(tl.maximum(bins, 0), BINS - 1)
+
+
+@triton.jit
+def flush(histogram_ptr, counts):
+    """Add a program's counts; integers, so the order of programs cannot show."""
+    tl.atomic_add(histogram_ptr + tl.arange(0, BINS), counts.to(tl.int64), mask=counts > 0, sem="relaxed")
