@@ -353,8 +353,10 @@ def fuse_(
         check_scalars(theta.device, thresholds)
     else:
         check_same_shape("segments", torch.Size([len(segments)]), thresholds)
-        if segments.end > theta.numel():
-            raise ValueError(f"segments end at {segments.end}, theta has {theta.numel()} elements")
+        if theta.dim() != 1 or segments.end > theta.numel():
+            raise ValueError(
+                f"segments end at {segments.end}; theta must be flat and as long, it is {tuple(theta.shape)}"
+            )
     if kept is not None:
         check_dtype({"kept": kept}, (torch.int64,))
         check_same_shape("the three masks", torch.Size([3]), {"kept": kept})

@@ -5,14 +5,16 @@ bit patterns: level 0 is a histogram over a window (taken inside the last import
 each further level a histogram of the one bin that holds the wanted rank, down to single values.
 
 histograms: int64 [sides, LEVELS, groups, BINS], all 0 between uses.
-state: int64 [sides, groups, LEVELS + 1, 4]. Row l < LEVELS: (shift, base, parent shift, rank) of the histogram of level
-l: bin = (bits >> shift) - base, of elements whose bits >> parent shift equal base >> (parent shift - shift); at level
-0 bins are clamped instead. Row LEVELS: (done, threshold bits, passes that were needed in the last use, in all uses).
+state: int64 [sides, groups, LEVELS, ROW]. Row l: (shift, base, parent shift, rank) of the histogram of level l, whose
+bin is (bits >> shift) - base, of elements whose bits >> parent shift equal base >> (parent shift - shift), or, at
+level 0, clamped; then (done, threshold bits) where an earlier level had the answer, and how many levels after the first have
+counted; in row 0, last, how many have counted in all uses. A launch reads one row and writes the next, never the
+same: the warps of a program read at different times, and must not disagree.
 """
 
 BINS = 512
 LEVELS = 5
-ROW = 4
+ROW = 8
 
 WHOLE_SHIFT = 22
 """Window over every float32: half an octave a bin, base 0."""

@@ -63,7 +63,7 @@ class StreamingThreshold:
         self._state: Tensor | None = None
         if backend_name(device.type) in ("triton", "interpret"):
             self._histograms = torch.zeros(sides, LEVELS, groups, BINS, dtype=torch.int64, device=device)
-            self._state = torch.zeros(sides, groups, LEVELS + 1, ROW, dtype=torch.int64, device=device)
+            self._state = torch.zeros(sides, groups, LEVELS, ROW, dtype=torch.int64, device=device)
         self.set_density(density)
         self.reset()
 
@@ -108,7 +108,7 @@ class StreamingThreshold:
         """int64 [sides, groups], on the device: passes after the first histogram that were needed so far."""
         if self._state is None:
             return torch.zeros(self.thresholds.shape, dtype=torch.int64, device=self.thresholds.device)
-        return self._state[:, :, LEVELS, 3]
+        return self._state[:, :, 0, 7]
 
     def select(
         self,
@@ -129,6 +129,10 @@ class StreamingThreshold:
         """
         check_scores(scores, factors, self.sides, self.segments, self._numels)
         segments, device = self.segments, self.thresholds.device
+        counted = counted and segments is None
+        if self._histograms is not None and not counted:
+            # counts of a round that was not ended
+            self._histograms[:, 0].zero_()
         torch.ops.kif.thresholds_(
             self.thresholds,
             self._histograms,
@@ -137,7 +141,7 @@ class StreamingThreshold:
             self._limits,
             list(scores),
             list(factors),
-            counted and self._histograms is not None and segments is None,
+            counted and self._histograms is not None,
             list(segments.starts) if segments else [],
             list(segments.numels) if segments else [],
             segments.chunks(device) if segments else None,

@@ -109,7 +109,7 @@ def fuse_kernel(
         readable = tl.minimum(tl.cdiv(size, 16) * 16, n - begin)
         threshold_in = tl.load(threshold_in_ptr + group)
         threshold_out = tl.load(threshold_out_ptr + group)
-        for block in tl.static_range(BLOCKS):
+        for block in range(BLOCKS):
             inner = block * BLOCK + tl.arange(0, BLOCK)
             m_in, m_out = fuse_block(
                 theta_ptr, start_ptr, inner_ptr, importance_in_ptr, importance_out_ptr, uncertainty_in_ptr,

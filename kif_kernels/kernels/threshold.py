@@ -66,6 +66,21 @@ def locate(histogram_ptr, row_ptr, rank_ptr, limit_ptr, LEVEL: tl.constexpr):
 
 
 @triton.jit
+def answer(histogram_ptr, row_ptr, rank_ptr, limit_ptr, LEVEL: tl.constexpr):
+    """What `locate` returns for `LEVEL`, or what an earlier level found; and the number of levels that have counted."""
+    bits = tl.load(row_ptr + 5)
+    shift = tl.load(row_ptr)
+    base = tl.load(row_ptr + 1)
+    parent = tl.load(row_ptr + 2)
+    rank = tl.load(row_ptr + 3)
+    passes = tl.load(row_ptr + 6)
+    done = tl.load(row_ptr + 4) != 0
+    if not done:
+        done, bits, shift, base, parent, rank = locate(histogram_ptr, row_ptr, rank_ptr, limit_ptr, LEVEL)
+    return done, bits, shift, base, parent, rank, passes
+
+
+@triton.jit
 def count_block(counts, scores_ptr, factor_ptr, at, inside, mask, shift, base, parent, LEVEL: tl.constexpr):
     """Add the block's candidates to the histogram: all at level 0, those of the parent's bin at others."""
     x = tl.load(scores_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -85,7 +100,7 @@ def count_all(scores_ptr, factor_ptr, chunk_ptr, n, shift, base, parent, LEVEL: 
         size = tl.load(chunk_ptr + 2)
         # whole vectors are read where the buffer reaches that far
         readable = tl.minimum(tl.cdiv(size, 16) * 16, n - start)
-        for block in tl.static_range(BLOCKS):
+        for block in range(BLOCKS):
             inner = block * BLOCK + tl.arange(0, BLOCK)
             counts = count_block(
                 counts,
@@ -133,70 +148,58 @@ def refine_kernel(
         group = tl.load(chunk_ptr)
         if not first:
             first = tl.load(chunk_ptr - 3) != group
-    rows_ptr = state_ptr + (side * groups + group) * ((LEVELS + 1) * ROW)
-    result_ptr = rows_ptr + LEVELS * ROW
+    row_ptr = state_ptr + ((side * groups + group) * LEVELS + LEVEL) * ROW
     histogram_ptr = histograms_ptr + ((side * LEVELS + LEVEL) * groups + group) * BINS
-    done = tl.load(result_ptr) != 0
-    shift = tl.load(rows_ptr)
-    base = tl.load(rows_ptr + 1)
-    parent = tl.full([], 31, tl.int64)
-    if LEVEL > 0:
-        if not done:
-            done, bits, shift, base, parent, rank = locate(
-                histogram_ptr - groups * BINS,
-                rows_ptr + (LEVEL - 1) * ROW,
-                ranks_ptr + group,
-                limits_ptr + group,
-                LEVEL - 1,
-            )
-            if first:
-                if done:
-                    tl.store(result_ptr + 1, bits)
-                    tl.store(result_ptr, 1)
-                else:
-                    row_ptr = rows_ptr + LEVEL * ROW
-                    tl.store(row_ptr, shift)
-                    tl.store(row_ptr + 1, base)
-                    tl.store(row_ptr + 2, parent)
-                    tl.store(row_ptr + 3, rank)
-                    tl.store(result_ptr + 2, LEVEL)
+    done = False
+    if LEVEL == 0:
+        shift = tl.load(row_ptr)
+        base = tl.load(row_ptr + 1)
+        parent = tl.full([], 31, tl.int64)
+    else:
+        done, bits, shift, base, parent, rank, passes = answer(
+            histogram_ptr - groups * BINS, row_ptr - ROW, ranks_ptr + group, limits_ptr + group, LEVEL - 1
+        )
+        if first:
+            tl.store(row_ptr, shift)
+            tl.store(row_ptr + 1, base)
+            tl.store(row_ptr + 2, parent)
+            tl.store(row_ptr + 3, rank)
+            tl.store(row_ptr + 4, done.to(tl.int64))
+            tl.store(row_ptr + 5, bits)
+            tl.store(row_ptr + 6, tl.where(done, passes, LEVEL))
     if not done:
-        shift = shift.to(tl.int32)
-        base = base.to(tl.int32)
-        parent = parent.to(tl.int32)
+        s = shift.to(tl.int32)
+        b = base.to(tl.int32)
+        p = parent.to(tl.int32)
         if side == 0:
-            counts = count_all(scores_in_ptr, factor_in_ptr, chunk_ptr, n, shift, base, parent, LEVEL, BLOCKS, BLOCK)
+            counts = count_all(scores_in_ptr, factor_in_ptr, chunk_ptr, n, s, b, p, LEVEL, BLOCKS, BLOCK)
         else:
-            counts = count_all(scores_out_ptr, factor_out_ptr, chunk_ptr, n, shift, base, parent, LEVEL, BLOCKS, BLOCK)
+            counts = count_all(scores_out_ptr, factor_out_ptr, chunk_ptr, n, s, b, p, LEVEL, BLOCKS, BLOCK)
         flush(histogram_ptr, counts)
 
 
 @triton.jit
 def select_kernel(thresholds_ptr, histograms_ptr, state_ptr, ranks_ptr, limits_ptr, groups):
     """Threshold, next window and a clean workspace. Grid: (groups, sides)."""
-    group = tl.program_id(0)
+    group = tl.program_id(0).to(tl.int64)
     side = tl.program_id(1)
-    rows_ptr = state_ptr + (side * groups + group) * ((LEVELS + 1) * ROW)
-    result_ptr = rows_ptr + LEVELS * ROW
+    rows_ptr = state_ptr + (side * groups + group) * (LEVELS * ROW)
     histogram_ptr = histograms_ptr + (side * LEVELS * groups + group) * BINS
-    bits = tl.load(result_ptr + 1)
-    if tl.load(result_ptr) == 0:
-        _, bits, _, _, _, _ = locate(
-            histogram_ptr + (LEVELS - 1) * groups * BINS,
-            rows_ptr + (LEVELS - 1) * ROW,
-            ranks_ptr + group,
-            limits_ptr + group,
-            LEVELS - 1,
-        )
+    _, bits, _, _, _, _, passes = answer(
+        histogram_ptr + (LEVELS - 1) * groups * BINS,
+        rows_ptr + (LEVELS - 1) * ROW,
+        ranks_ptr + group,
+        limits_ptr + group,
+        LEVELS - 1,
+    )
+    passes += tl.load(rows_ptr + 7)
+    # all warps have read before any writes
+    tl.debug_barrier()
     tl.store(thresholds_ptr + side * groups + group, bits.to(tl.int32).to(tl.float32, bitcast=True))
     # a threshold of 0 tells nothing about where the next one is
     tl.store(rows_ptr, tl.where(bits == 0, WHOLE_SHIFT, WINDOW_SHIFT))
     tl.store(rows_ptr + 1, tl.where(bits == 0, 0, tl.maximum((bits >> WINDOW_SHIFT) - BINS // 2, 0)))
-    tl.store(result_ptr + 3, tl.load(result_ptr + 3) + tl.load(result_ptr + 2))
-    tl.store(result_ptr, 0)
-    tl.store(result_ptr + 2, 0)
-    # every thread has read the histogram before any clears it
-    tl.debug_barrier()
+    tl.store(rows_ptr + 7, passes)
     for level in tl.static_range(LEVELS):
         tl.store(histogram_ptr + level * groups * BINS + tl.arange(0, BINS), tl.zeros([BINS], dtype=tl.int64))
 
