@@ -28,7 +28,8 @@ class KIFConfig:
             loss's own (Eq. 3); `update`: w after the optimizer step with the clipped gradient (released code).
         density: fraction of elements a mask keeps (20% in section 3.2).
         threshold_scope: `global`: one threshold over all elements of all tensors; `tensor`: one per tensor.
-        threshold: `kth_largest`: an element of the scores, the ceil(density * n)-th largest (Eq. 8);
+        threshold: `kth_largest`: an element of the scores, the ceil(density * n)-th largest (Eq. 8); `approximate`:
+            the same on the CPU; with the kernels up to 0.001 * n elements more or fewer are kept, in fewer passes;
             `interpolated`: the (1 - density) quantile with linear interpolation (released code).
         mask: `at_least`: I >= threshold (Eq. 8); `above`: I > threshold (released code).
         fusion: name of the 2x2 weight table of (inner task vector, outer task vector) by the two masks, see
@@ -48,7 +49,7 @@ class KIFConfig:
     importance_at: Literal["gradient", "update"] = "gradient"
     density: float = 0.2
     threshold_scope: Literal["global", "tensor"] = "global"
-    threshold: Literal["kth_largest", "interpolated"] = "kth_largest"
+    threshold: Literal["kth_largest", "approximate", "interpolated"] = "kth_largest"
     mask: Literal["at_least", "above"] = "at_least"
     fusion: Literal["paper", "released-code", "no-share", "no-masks"] = "paper"
     outer_optimizer: Literal["own", "shared"] = "own"

@@ -6,16 +6,15 @@ before each step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import kif_kernels
 from kif.arena import ParameterArena
 from kif.config import KIFConfig
-from kif.optimizer import ArenaAdamW, GradientState, OptimizerConfig, inspect_gradient
+from kif.optimizer import ArenaAdamW, OptimizerConfig, Scoring
 from kif.timing import Stopwatch
 
 
@@ -23,15 +22,21 @@ class RecurrentKIF:
     """Inner and outer updates, importances, thresholds and fusion (section 3, Algorithm 1).
 
     Flat arena buffers: `theta_start` (theta_b), `theta_inner` (theta_b(Q)), `importance_in`, `importance_out`, and
-    `uncertainty_in`, `uncertainty_out` with `score=ema_uncertainty`.
+    `uncertainty_in`, `uncertainty_out` with `score=ema_uncertainty`. A step is one pass over the parameters after
+    that over the gradient's norm: importance, snapshots, zeroing the gradient, and in the last step of
+    each loop (the configured Q-th and M-th) the counting for the thresholds, are part of the optimizer's pass.
 
     Args:
-        arena: the trainable parameters; gradients are read from `arena.grad` and zeroed after each step.
+        arena: the trainable parameters; gradients are read from `arena.grad` and zeroed after each step. Inside a
+            round nothing else may change the weights.
         config: switches of the method.
         optimizer: hyperparameters of AdamW, for both loops.
 
     Attributes:
-        stopwatch: seconds spent in `optimizer`, `importance`, `threshold` and `fusion` (with its snapshots).
+        stopwatch: seconds spent in `optimizer` (with importance), `threshold` and `fusion`.
+        kept: int64 [3] on the device: elements that the inner, the outer and both masks held, over the rounds
+            of the present task.
+        rounds: rounds of the present task that were fused.
     """
 
     def __init__(
@@ -44,6 +49,11 @@ class RecurrentKIF:
         shared = self.config.outer_optimizer == "shared"
         self.outer_optimizer = self.inner_optimizer if shared else ArenaAdamW(arena, "outer", self.optimizer_config)
         self.stopwatch = Stopwatch()
+        self.kept = torch.zeros(3, dtype=torch.int64, device=arena.device)
+        self._segments = None
+        if self.config.threshold_scope == "tensor":
+            self._segments = kif_kernels.Segments.of([(s.start, s.numel) for s in arena.segments])
+        self._selection = self._new_selection()
         self.begin_task()
 
     @property
@@ -62,7 +72,10 @@ class RecurrentKIF:
         if self.config.score == "ema_uncertainty":
             for name in ("uncertainty_in", "uncertainty_out"):
                 self.arena.buffer(name).zero_()
-        self._inner_done = self._outer_done = 0
+        self._selection.reset()
+        self.kept.zero_()
+        self.rounds = 0
+        self._begin_round()
 
     def plain_step(self, lr: float) -> None:
         """An AdamW step without importance: the first task, which has no memory to fuse with, is plain LoRA.
@@ -71,7 +84,9 @@ class RecurrentKIF:
         """
         if self._inner_done:
             raise RuntimeError("plain_step in the middle of a round: call fuse first")
-        self._step(self.inner_optimizer, lr, importance=None)
+        self.arena.check()
+        with self.stopwatch.section("optimizer", self.arena.device):
+            self.inner_optimizer.step(lr)
 
     def inner_step(self, lr: float) -> None:
         """A step on the new task: AdamW and importance (Eq. 3, 4). The first of a round keeps theta_b.
@@ -80,14 +95,16 @@ class RecurrentKIF:
         """
         if self._outer_done:
             raise RuntimeError("inner_step after outer_step: call fuse to end the round first")
-        if self._inner_done == 0:
-            self.arena.check()
-            with self._section("fusion"):
-                self.arena.buffer("theta_start").copy_(self.arena.data)
-            self.arena.buffer("importance_in").zero_()
-            if self.config.score == "ema_uncertainty":
-                self.arena.buffer("uncertainty_in").zero_()
-        self._step(self.inner_optimizer, lr, lambda state: self._score("in", self.config.alpha1, state))
+        self.arena.check()
+        first, last = self._inner_done == 0, self._inner_done + 1 == self.config.inner_steps
+        with self.stopwatch.section("optimizer", self.arena.device):
+            self.inner_optimizer.step(
+                lr,
+                self._scoring("in", self.config.alpha1, reset=first, count=last),
+                snapshot_before=self.arena.buffer("theta_start") if first else None,
+                snapshot_after=self.arena.buffer("theta_inner") if last else None,
+            )
+        self._has_theta_inner = last
         self._inner_done += 1
 
     def outer_step(self, lr: float) -> None:
@@ -97,13 +114,13 @@ class RecurrentKIF:
         """
         if not self._inner_done:
             raise RuntimeError("outer_step before inner_step: a round starts with the new task")
-        if self._outer_done == 0:
-            self.arena.check()
-            with self._section("fusion"):
-                self.arena.buffer("theta_inner").copy_(self.arena.data)
+        self.arena.check()
+        self._keep_theta_inner()
         alpha2 = self.config.alpha2
         decay = 1.0 - alpha2 if self.config.alpha2_weighs == "new" else alpha2
-        self._step(self.outer_optimizer, lr, lambda state: self._score("out", decay, state))
+        last = self._outer_done + 1 == self.config.outer_steps
+        with self.stopwatch.section("optimizer", self.arena.device):
+            self.outer_optimizer.step(lr, self._scoring("out", decay, reset=False, count=last))
         self._outer_done += 1
 
     def fuse(self) -> None:
@@ -114,32 +131,35 @@ class RecurrentKIF:
         """
         if not self._inner_done:
             raise RuntimeError("fuse before inner_step: there is nothing to fuse")
-        arena, config = self.arena, self.config
+        arena = self.arena
         arena.check()
-        if not self._outer_done:
-            with self._section("fusion"):
-                arena.buffer("theta_inner").copy_(arena.data)
-        with self._section("threshold"):
-            scores_in, scores_out = self._thresholded("in"), self._thresholded("out")
-        strict = config.mask == "above"
-        table = kif_kernels.FUSION_TABLES[config.fusion]
-        for part, numel in self._scopes():
-            with self._section("threshold"):
-                threshold_in = self._threshold(scores_in[part], numel)
-                threshold_out = self._threshold(scores_out[part], numel)
-            with self._section("fusion"):
-                kif_kernels.fuse_(
-                    arena.data[part],
-                    arena.buffer("theta_start")[part],
-                    arena.buffer("theta_inner")[part],
-                    scores_in[part],
-                    scores_out[part],
-                    threshold_in,
-                    threshold_out,
-                    table,
-                    strict=strict,
-                )
-        self._inner_done = self._outer_done = 0
+        self._keep_theta_inner()
+        if self.kept.device != arena.device:
+            self.kept = self.kept.to(arena.device)
+        with self.stopwatch.section("threshold", arena.device):
+            threshold_in, threshold_out = self._thresholds()
+        uncertain = self.config.score == "ema_uncertainty"
+        with self.stopwatch.section("fusion", arena.device):
+            kif_kernels.fuse_(
+                arena.data,
+                arena.buffer("theta_start"),
+                arena.buffer("theta_inner"),
+                arena.buffer("importance_in"),
+                arena.buffer("importance_out"),
+                threshold_in,
+                threshold_out,
+                kif_kernels.FUSION_TABLES[self.config.fusion],
+                strict=self.config.mask == "above",
+                uncertainty_in=arena.buffer("uncertainty_in") if uncertain else None,
+                uncertainty_out=arena.buffer("uncertainty_out") if uncertain else None,
+                # weights may be changed between rounds, so the next round keeps its own theta_start
+                write_start=False,
+                kept=self.kept,
+                numel=arena.numel,
+                segments=self._segments,
+            )
+        self.rounds += 1
+        self._begin_round()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on; tensors are live ones, not copies."""
@@ -147,8 +167,13 @@ class RecurrentKIF:
             "arena": self.arena.state_dict(),
             "inner_optimizer": self.inner_optimizer.state_dict(),
             "outer_optimizer": self.outer_optimizer.state_dict(),
+            "selection": self._selection.state_dict(),
+            "kept": self.kept,
+            "rounds": self.rounds,
             "inner_done": self._inner_done,
             "outer_done": self._outer_done,
+            "has_theta_inner": self._has_theta_inner,
+            "counted": dict(self._counted),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -156,54 +181,70 @@ class RecurrentKIF:
         self.arena.load_state_dict(state["arena"])
         self.inner_optimizer.load_state_dict(state["inner_optimizer"])
         self.outer_optimizer.load_state_dict(state["outer_optimizer"])
+        self.kept.copy_(state["kept"])
+        self.rounds = state["rounds"]
         self._inner_done, self._outer_done = state["inner_done"], state["outer_done"]
+        self._has_theta_inner = state["has_theta_inner"]
+        # a state from another kind of device has no counts: they are taken anew
+        fits = self._selection.load_state_dict(state["selection"])
+        self._counted = {side: fits and counted for side, counted in state["counted"].items()}
 
-    def _step(self, optimizer: ArenaAdamW, lr: float, importance: Callable[[GradientState], None] | None) -> None:
-        self.arena.check()
-        gradient = inspect_gradient(self.arena.grad, self.optimizer_config.max_grad_norm)
-        if importance and self.config.importance_at == "gradient":
-            importance(gradient)
-        with self._section("optimizer"):
-            optimizer.step(lr, gradient)
-        if importance and self.config.importance_at == "update":
-            self.arena.grad.mul_(gradient.scale)
-            importance(gradient)
-        self.arena.zero_grad()
+    def _begin_round(self) -> None:
+        self._inner_done = self._outer_done = 0
+        self._has_theta_inner = False
+        self._counted = {"in": False, "out": False}
 
-    def _score(self, side: str, decay: float, gradient: GradientState) -> None:
+    def _scoring(self, side: str, decay: float, *, reset: bool, count: bool) -> Scoring:
         arena, config = self.arena, self.config
-        with self._section("importance"):
-            if config.score == "ema":
-                kif_kernels.importance_ema_(
-                    arena.buffer(f"importance_{side}"), arena.data, arena.grad, decay, skip=gradient.skip
-                )
-            else:
-                kif_kernels.importance_uncertainty_ema_(
-                    arena.buffer(f"importance_{side}"),
-                    arena.buffer(f"uncertainty_{side}"),
-                    arena.data,
-                    arena.grad,
-                    decay,
-                    config.uncertainty_decay,
-                    skip=gradient.skip,
-                )
+        if self._selection.thresholds.device != arena.device:
+            self._selection, count = self._new_selection(), False
+        index = 0 if side == "in" else 1
+        count = count and config.threshold != "interpolated"
+        self._counted[side] = count
+        return Scoring(
+            importance=arena.buffer(f"importance_{side}"),
+            decay=decay,
+            reset=reset,
+            after_update=config.importance_at == "update",
+            uncertainty=arena.buffer(f"uncertainty_{side}") if config.score == "ema_uncertainty" else None,
+            uncertainty_decay=config.uncertainty_decay,
+            histogram=self._selection.histogram(index) if count else None,
+            window=self._selection.window(index) if count else None,
+        )
 
-    def _section(self, name: str) -> AbstractContextManager[None]:
-        return self.stopwatch.section(name, self.arena.device)
+    def _keep_theta_inner(self) -> None:
+        """theta_b(Q), where the inner loop ended before its configured last step."""
+        if not self._has_theta_inner:
+            with self.stopwatch.section("fusion", self.arena.device):
+                self.arena.buffer("theta_inner").copy_(self.arena.data)
+            self._has_theta_inner = True
 
-    def _thresholded(self, side: str) -> Tensor:
-        importance = self.arena.buffer(f"importance_{side}")
-        if self.config.score == "ema":
-            return importance
-        return importance * self.arena.buffer(f"uncertainty_{side}")
+    def _thresholds(self) -> tuple[Tensor, Tensor]:
+        """Of the inner and the outer scores: 0-d, or one for each tensor."""
+        scores = (self.arena.buffer("importance_in"), self.arena.buffer("importance_out"))
+        factors: tuple[Tensor, ...] = ()
+        if self.config.score == "ema_uncertainty":
+            factors = (self.arena.buffer("uncertainty_in"), self.arena.buffer("uncertainty_out"))
+        if self.config.threshold != "interpolated":
+            found = self._selection.select(scores, factors, counted=all(self._counted.values()))
+            return (found[0], found[1]) if self._segments else (found[0, 0], found[1, 0])
+        products = [score * factor for score, factor in zip(scores, factors, strict=True)] if factors else scores
+        inner, outer = (self._quantile(product) for product in products)
+        return inner, outer
 
-    def _threshold(self, scores: Tensor, numel: int) -> Tensor:
-        if self.config.threshold == "interpolated":
-            return kif_kernels.importance_quantile(scores, self.config.density, numel=numel)
-        return kif_kernels.importance_threshold(scores, self.config.density, numel=numel)
+    def _quantile(self, scores: Tensor) -> Tensor:
+        density = self.config.density
+        if self._segments is None:
+            return kif_kernels.importance_quantile(scores, density, numel=self.arena.numel)
+        parts = [scores[s.start : s.start + s.numel] for s in self.arena.segments]
+        return torch.stack([kif_kernels.importance_quantile(part, density) for part in parts])
 
-    def _scopes(self) -> list[tuple[slice, int]]:
-        """(part of the flat buffers, number of parameters in it) that share a threshold."""
-        if self.config.threshold_scope == "global":
-            return [(slice(None), self.arena.numel)]
-        return [(slice(s.start, s.start + s.numel), s.numel) for s in self.arena.segments]
+    def _new_selection(self) -> kif_kernels.StreamingThreshold:
+        return kif_kernels.StreamingThreshold(
+            self.config.density,
+            self.arena.numel,
+            sides=2,
+            segments=self._segments,
+            exact=self.config.threshold != "approximate",
+            device=self.arena.device,
+        )

@@ -79,6 +79,7 @@ def train_phase(
                 "loss": _mean(losses),
                 "memory_loss": _mean(outer_losses),
                 "skipped": method.skipped,
+                "kept": method.kept,
                 "time": time.time(),
             }
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kif.arena import ParameterArena
-from kif_kernels import adamw_importance_, backend_name
+from kif_kernels import adamw_importance_, backend_name, gradient_state_
 
 
 @dataclass(frozen=True)
@@ -30,27 +30,29 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class GradientState:
-    """What a step does with its gradient: both 0-d tensors on the device.
+class Scoring:
+    """The importance to update in the optimizer's pass; arguments as `kif_kernels.adamw_importance_`.
 
     Args:
-        scale: clipping factor min(1, max_grad_norm / norm), float32.
-        skip: true when the norm is not finite; then the step changes nothing.
+        importance: flat state.
+        decay: weight of its old value.
+        reset: take the old value as 0 (first step of a round).
+        after_update: score the updated weight with the clipped gradient (released code).
+        uncertainty, uncertainty_decay: state and EMA factor of the released code's second score.
+        histogram, window: of a `kif_kernels.StreamingThreshold`, to count the new scores.
     """
 
-    scale: Tensor
-    skip: Tensor
+    importance: Tensor
+    decay: float
+    reset: bool = False
+    after_update: bool = False
+    uncertainty: Tensor | None = None
+    uncertainty_decay: float = 0.0
+    histogram: Tensor | None = None
+    window: Tensor | None = None
 
 
-def inspect_gradient(grad: Tensor, max_grad_norm: float) -> GradientState:
-    """Global-norm clipping factor and non-finite flag of a flat gradient, without a host sync.
-
-    The factor is torch.nn.utils.clip_grad_norm_'s max_grad_norm / (norm + 1e-6), at most 1. A norm that overflows
-    float32 counts as not finite.
-    """
-    norm = torch.linalg.vector_norm(grad)
-    scale = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0) if max_grad_norm > 0 else torch.ones_like(norm)
-    return GradientState(scale=scale, skip=~norm.isfinite())
+NO_SCORING: dict[str, Any] = {"importance": None}
 
 
 class ArenaAdamW:
@@ -70,8 +72,11 @@ class ArenaAdamW:
     def __init__(self, arena: ParameterArena, name: str, config: OptimizerConfig) -> None:
         backend_name(arena.device.type)  # an impossible KIF_BACKEND is refused here, not ignored
         self.arena, self.name, self.config = arena, name, config
-        self._steps = torch.zeros((), dtype=torch.float64, device=arena.device)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=arena.device)
+        device = arena.device
+        self._steps = torch.zeros((), dtype=torch.float64, device=device)
+        self._scale = torch.ones((), device=device)
+        self._skip = torch.zeros((), dtype=torch.bool, device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.reset()
 
     def reset(self) -> None:
@@ -80,27 +85,45 @@ class ArenaAdamW:
             self.arena.buffer(f"{self.name}.{moment}").zero_()
         self._steps.zero_()
 
-    def step(self, lr: float, gradient: GradientState) -> None:
-        """One update of every parameter from `arena.grad`; a skipped step is not counted in the bias correction."""
-        if self._steps.device != self.arena.device:
-            self._steps, self.skipped = self._steps.to(self.arena.device), self.skipped.to(self.arena.device)
-        self.skipped += gradient.skip
-        self._steps += (~gradient.skip).to(self._steps.dtype)
+    def step(
+        self,
+        lr: float,
+        scoring: Scoring | None = None,
+        *,
+        snapshot_before: Tensor | None = None,
+        snapshot_after: Tensor | None = None,
+    ) -> None:
+        """One update of every parameter from `arena.grad`, which is zeroed; in three launches on a GPU.
+
+        A gradient whose norm is not finite changes no weight, moment or importance, and is not counted in the bias
+        correction.
+
+        Args:
+            lr: learning rate.
+            scoring: importance to update in the same pass.
+            snapshot_before, snapshot_after: flat buffers that receive the weights before and after the update.
+        """
+        arena, config = self.arena, self.config
+        if self._steps.device != arena.device:
+            for name in ("_steps", "_scale", "_skip", "skipped"):
+                setattr(self, name, getattr(self, name).to(arena.device))
+        gradient_state_(arena.grad, self._scale, self._skip, self._steps, self.skipped, max_norm=config.max_grad_norm)
         adamw_importance_(
-            self.arena.data,
-            self.arena.grad,
-            self.arena.buffer(f"{self.name}.exp_avg"),
-            self.arena.buffer(f"{self.name}.exp_avg_sq"),
-            None,
+            arena.data,
+            arena.grad,
+            arena.buffer(f"{self.name}.exp_avg"),
+            arena.buffer(f"{self.name}.exp_avg_sq"),
             lr=lr,
-            betas=self.config.betas,
-            eps=self.config.eps,
-            weight_decay=self.config.weight_decay,
-            # a skipped first step must not divide by 1 - beta**0
-            step=self._steps.clamp(min=1.0),
-            decay=0.0,
-            grad_scale=gradient.scale,
-            skip=gradient.skip,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            step=self._steps,
+            grad_scale=self._scale,
+            skip=self._skip,
+            snapshot_before=snapshot_before,
+            snapshot_after=snapshot_after,
+            zero_grad=True,
+            **(NO_SCORING if scoring is None else vars(scoring)),
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -33,17 +33,17 @@ __all__ = [
 
 
 def comparison_table(results: Sequence[Results]) -> str:
-    """One line a method: OP, BWT, FWT if any, seconds, inner + outer steps, share of training time for bookkeeping.
+    """One line a method: OP, BWT, FWT if any, seconds, inner + outer steps, share of training time for the update.
 
-    Bookkeeping is what the method adds to training: importance, threshold and fusion. Several runs of one label
-    become mean ± sample standard deviation.
+    The update is what comes after the backward pass: optimizer, importance, thresholds and fusion. Several runs of
+    one label become mean ± sample standard deviation.
     """
     from rich.table import Table
 
     forward = any(result.fwt is not None for result in results)
     table = Table()
     table.add_column("method")
-    for name in ("runs", "OP", "BWT", *(["FWT"] if forward else []), "seconds", "steps", "bookkeeping"):
+    for name in ("runs", "OP", "BWT", *(["FWT"] if forward else []), "seconds", "steps", "update"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, runs in group_runs(results):
         table.add_row(
@@ -54,10 +54,11 @@ def comparison_table(results: Sequence[Results]) -> str:
             *([_mean_std([run.fwt for run in runs], sign="+")] if forward else []),
             _mean_std([run.seconds for run in runs], digits=0),
             _steps(runs),
-            _mean_std([run.bookkeeping for run in runs], unit="%"),
+            _mean_std([run.update_share for run in runs], unit="%"),
         )
     text = (
-        _render(table) + "OP, BWT in percent; bookkeeping: share of training time for importance, threshold, fusion\n"
+        _render(table)
+        + "OP, BWT in percent; update: share of training time for optimizer, importance, threshold, fusion\n"
     )
     sequences = list(dict.fromkeys(tuple(result.tasks) for result in results))
     if len(sequences) > 1:
@@ -131,7 +132,7 @@ def summary(results: Sequence[Results]) -> dict[str, Any]:
     entries = []
     for name, runs in group_runs(results):
         entry: dict[str, Any] = {"label": name, "method": runs[0].method, "seeds": [run.seed for run in runs]}
-        for key in ("op", "bwt", "fwt", "seconds", "bookkeeping"):
+        for key in ("op", "bwt", "fwt", "seconds", "update_share"):
             entry[key], entry[f"{key}_std"] = _statistics([getattr(run, key) for run in runs])
         entries.append(entry)
     return {"summary": entries, "runs": [asdict(result) for result in results]}

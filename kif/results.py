@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from kif import metrics
 
-_BOOKKEEPING = ("importance", "threshold", "fusion")
+_UPDATE = ("optimizer", "importance", "threshold", "fusion")
 
 
 class ReportError(ValueError):
@@ -62,10 +62,10 @@ class Results:
     skipped: int = 0
 
     @property
-    def bookkeeping(self) -> float | None:
-        """Percent of the training time spent on importance, threshold and fusion; None without a training time."""
+    def update_share(self) -> float | None:
+        """Percent of the training time spent after the backward pass; None without a training time."""
         train = self.time.get("train", 0.0)
-        return 100.0 * sum(self.time.get(part, 0.0) for part in _BOOKKEEPING) / train if train > 0 else None
+        return 100.0 * sum(self.time.get(part, 0.0) for part in _UPDATE) / train if train > 0 else None
 
     @property
     def joint(self) -> bool:

@@ -110,6 +110,21 @@ class StreamingThreshold:
             return torch.zeros(self.thresholds.shape, dtype=torch.int64, device=self.thresholds.device)
         return self._state[:, :, 0, 7]
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the next selection depends on: windows and counts; empty without the kernels. Live tensors."""
+        if self._histograms is None or self._state is None:
+            return {}
+        return {"histograms": self._histograms, "state": self._state}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> bool:
+        """Continue from `state_dict`. False, and a reset, where it came from a device without the kernels."""
+        if self._histograms is None or self._state is None or not state:
+            self.reset()
+            return self._state is None
+        self._histograms.copy_(state["histograms"])
+        self._state.copy_(state["state"])
+        return True
+
     def select(
         self,
         scores: tuple[Tensor, ...],

@@ -208,6 +208,45 @@ def test_density_limits() -> None:
     assert 1 <= (kif.arena.data != before).sum().item() <= 2
 
 
+def test_kept_counts_what_the_masks_hold() -> None:
+    kif, parameters = engine(KIFConfig(inner_steps=3, outer_steps=2, density=0.25))
+    run_round(kif, parameters, 0, 3, 2)
+    buffers = kif.arena.buffers
+    masks = []
+    for side in ("in", "out"):
+        scores = torch.cat([view.flatten() for _, view in kif.arena.views(buffers[f"importance_{side}"])])
+        k = math.ceil(0.25 * kif.arena.numel)
+        masks.append(scores >= scores.sort(descending=True).values[k - 1])
+    expected = [int(masks[0].sum()), int(masks[1].sum()), int((masks[0] & masks[1]).sum())]
+    assert kif.kept.tolist() == expected and kif.rounds == 1
+    run_round(kif, parameters, 5, 3, 2)
+    assert kif.rounds == 2 and kif.kept[0].item() == 2 * math.ceil(0.25 * kif.arena.numel)
+    kif.begin_task()
+    assert kif.rounds == 0 and not kif.kept.any()
+
+
+def test_more_or_fewer_steps_than_configured_give_the_same_round() -> None:
+    """What is done in passing at the configured last step is made good where the round is not as configured."""
+    ends = []
+    for inner, outer in [(3, 2), (2, 1), (8, 4)]:
+        kif, parameters = engine(KIFConfig(inner_steps=inner, outer_steps=outer))
+        step = run_round(kif, parameters, 0, 3, 2)
+        run_round(kif, parameters, step, 3, 2)
+        ends.append(kif.arena.data.clone())
+    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
+
+
+def test_weights_may_change_between_rounds() -> None:
+    kif, parameters = engine(KIFConfig(inner_steps=2, outer_steps=1, fusion="paper", density=0.0))
+    run_round(kif, parameters, 0, 2, 1)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(1.0)
+    before = kif.arena.data.clone()
+    run_round(kif, parameters, 3, 2, 1)
+    assert (kif.arena.data != before).sum().item() <= 2
+
+
 def test_a_non_finite_gradient_skips_the_whole_step() -> None:
     kif, parameters = engine(KIFConfig())
     feed(parameters, gradients(0))

@@ -74,7 +74,7 @@ def row(table: str, start: str) -> list[str]:
 def test_results_round_trip(tmp_path: Path) -> None:
     results = load_results(save(tmp_path / "run", content()))
     assert results.tasks == TASKS and results.accuracy[0] == [80.0, 70.0, 60.0, 50.0]
-    assert results.bookkeeping == pytest.approx(10.0)
+    assert results.update_share == pytest.approx(10.0)
     assert not results.joint and make(**joint(4)).joint
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from kif.arena import ParameterArena
 from kif.config import RunConfig
 from kif.families import Batch, Encoded, LanguageModel
-from kif.optimizer import ArenaAdamW, OptimizerConfig, inspect_gradient
+from kif.optimizer import ArenaAdamW, OptimizerConfig
 from kif.tasks import Task
 from kif.timing import Stopwatch
 
@@ -48,6 +48,11 @@ class Method(ABC):
     @abstractmethod
     def skipped(self) -> int:
         """Steps that changed nothing because their gradient was not finite. Waits for the device."""
+
+    @property
+    def kept(self) -> dict[str, float] | None:
+        """Fractions of the elements that masks held, for methods that have masks. Waits for the device."""
+        return None
 
     @property
     def label(self) -> str:
@@ -122,8 +127,7 @@ class SingleAdapterMethod(Method):
     def inner_step(self, lr: float) -> None:
         self.arena.check()
         with self.stopwatch.section("optimizer", self.arena.device):
-            self.optimizer.step(lr, inspect_gradient(self.arena.grad, self.config.max_grad_norm))
-        self.arena.zero_grad()
+            self.optimizer.step(lr)
 
     def state_dict(self) -> dict[str, Any]:
         return {"arena": self.arena.state_dict(), "optimizer": self.optimizer.state_dict()}

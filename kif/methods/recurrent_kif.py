@@ -34,6 +34,15 @@ class RecurrentKIFMethod(Method):
         return int(self.engine.skipped.item())
 
     @property
+    def kept(self) -> dict[str, float] | None:
+        """Means over the present task's rounds: `inner`, `outer` and `both` masks."""
+        if not self.engine.rounds:
+            return None
+        total = self.engine.rounds * self.arena.numel
+        counts = self.engine.kept.tolist()
+        return {name: count / total for name, count in zip(("inner", "outer", "both"), counts, strict=True)}
+
+    @property
     def inner_steps(self) -> int:
         return self.config.kif.inner_steps
 
