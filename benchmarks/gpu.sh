@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call of at most 8 minutes and without a network:
+#
+#     benchmarks/gpu.sh OUT [DEVICE]
+#
+# correctness of every kernel on the device, the static contract with this machine's triton, microbenchmarks, the
+# regression gate (its self-test, and against a recorded result of the same GPU, torch and triton), and where ncu runs
+# what limits each kernel. Writes JSON, tables and the roofline plot to OUT. Needs torch, triton, pytest and hypothesis;
+# a plain checkout will do. DEVICE=cpu tries the script itself on a machine without a GPU, with tiny sizes.
+set -uo pipefail
+out=${1:?usage: benchmarks/gpu.sh OUT [DEVICE]}
+device=${2:-cuda}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+cd "$(dirname "$0")/.."
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+python=${PYTHON:-python3}
+failed=()
+
+# name, seconds allowed, command; what is printed goes to OUT/name.txt, its end to the terminal
+stage() {
+  local name=$1 limit=$2 begun=$SECONDS
+  shift 2
+  timeout "$limit" "$@" >"$out/$name.txt" 2>&1
+  local status=$?
+  [ $status -eq 0 ] || failed+=("$name ($status)")
+  echo "== $name: status $status, $((SECONDS - begun)) s"
+  tail -n "${lines:-4}" "$out/$name.txt"
+}
+
+if [ "$device" = cpu ]; then
+  tests=(env KIF_BACKEND=interpret TRITON_INTERPRET=1 "$python" -m pytest -q -x tests/kernel_tests/test_fuse.py)
+  sets=tiny budget=40 gate_options=(--sets tiny --rounds 2 --budget 20)
+  profile=false
+else
+  "$python" -c "import torch; assert torch.cuda.is_available(), 'torch finds no GPU'" || exit 1
+  tests=("$python" -m pytest -q tests/kernel_tests)
+  # most of the time goes into compiling, which takes one core for each process
+  "$python" -c "import xdist" 2>/dev/null && tests+=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
+  sets=t5-large,256M,llama2-7b-all,llama2-7b,llama2-13b,1B budget=130 gate_options=(--rounds 2 --budget 10)
+  profile=true
+fi
+
+stage correctness 110 "${tests[@]}"
+stage contract 45 "$python" -m benchmarks.contract
+lines=60 stage kernels $((budget + 40)) "$python" -m benchmarks.kernels --device "$device" --sets "$sets" \
+  --variants bf16 --budget "$budget" --quiet --json "$out/kernels.json" --plot "$out/roofline.png"
+
+recorded=
+for file in benchmarks/results/kernels-*.json; do
+  [ -f "$file" ] && [ -f "$out/kernels.json" ] || continue
+  "$python" -m benchmarks.gate compare "$file" "$out/kernels.json" >"$out/gate-recorded.txt" 2>&1
+  # 2: another GPU, torch or triton
+  [ $? -eq 2 ] || { recorded=$file; break; }
+done
+if [ -n "$recorded" ]; then
+  lines=20 stage gate-recorded 30 "$python" -m benchmarks.gate compare "$recorded" "$out/kernels.json"
+else
+  echo "== gate-recorded: no result of this GPU, torch and triton is recorded"
+fi
+lines=16 stage gate 100 "$python" -m benchmarks.gate self-test --device "$device" "${gate_options[@]}"
+
+if $profile && command -v ncu >/dev/null; then
+  lines=40 stage limits 45 ncu --clock-control none --csv --page raw --kernel-name regex:_kernel \
+    --metrics gpu__time_duration.sum,dram__bytes.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__throughput.avg.pct_of_peak_sustained_elapsed,launch__registers_per_thread,sm__warps_active.avg.pct_of_peak_sustained_active \
+    "$python" -m benchmarks.profile_round --elements 67108864
+fi
+
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "FAILED: ${failed[*]}"
+  exit 1
+fi
+echo "all of it worked; results in $out"
