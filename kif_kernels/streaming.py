@@ -56,9 +56,8 @@ class StreamingThreshold:
         groups = len(self._numels)
         self.thresholds = torch.zeros(sides, groups, device=device)
         self._ranks = torch.empty(groups, dtype=torch.int64, device=device)
-        self._limits = torch.tensor(
-            [0 if exact else math.floor(APPROXIMATE_LIMIT * n) for n in self._numels], dtype=torch.int64, device=device
-        )
+        self._limits = torch.empty(groups, dtype=torch.int64, device=device)
+        _fill(self._limits, [0 if exact else math.floor(APPROXIMATE_LIMIT * n) for n in self._numels])
         self._histograms: Tensor | None = None
         self._state: Tensor | None = None
         if backend_name(device.type) in ("triton", "interpret"):
@@ -76,7 +75,7 @@ class StreamingThreshold:
             self._ranks.copy_(torch.minimum(k.clamp(min=1.0), n))
         else:
             check_density(density)
-            self._ranks.copy_(torch.tensor([mask_size(density, n) for n in self._numels]))
+            _fill(self._ranks, [mask_size(density, n) for n in self._numels])
 
     def set_rank(self, k: int) -> None:
         """Select the k-th largest of every group, whatever the density; k counts from 1."""
@@ -162,3 +161,11 @@ class StreamingThreshold:
             segments.chunks(device) if segments else None,
         )
         return self.thresholds
+
+
+def _fill(target: Tensor, values: list[int]) -> None:
+    """Set a device tensor; without a copy from the host, which would wait for it, where all values are equal."""
+    if len(set(values)) == 1:
+        target.fill_(values[0])
+    else:
+        target.copy_(torch.tensor(values))

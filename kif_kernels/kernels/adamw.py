@@ -17,7 +17,8 @@ from kif_kernels.kernels.common import BINS, bit_bins, flush, lerp, score, updat
 from kif_kernels.kernels.launch import BLOCK, contiguous, flat, launch, lerp_weight, programs_for
 
 
-@triton.jit
+# a flag that is 1 must not become a constant, and a kernel of its own
+@triton.jit(do_not_specialize=["near_new1", "near_new2", "near_new", "uncertainty_near_new"])
 def adamw_kernel(
     weight_ptr,
     grad_ptr,

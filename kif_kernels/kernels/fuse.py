@@ -68,7 +68,7 @@ def fuse_block(
     return m_in & inside, m_out & inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["padding"])
 def fuse_kernel(
     theta_ptr,
     start_ptr,

@@ -27,7 +27,7 @@ def square_sum_kernel(grad_ptr, partial_ptr, n, BLOCKS: tl.constexpr, BLOCK: tl.
     tl.store(partial_ptr + tl.program_id(0), tl.sum(total, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["partials"])
 def gradient_state_kernel(
     partial_ptr,
     scale_ptr,

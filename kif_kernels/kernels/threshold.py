@@ -121,7 +121,7 @@ def count_all(scores_ptr, factor_ptr, chunk_ptr, n, shift, base, parent, LEVEL: 
     return counts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def refine_kernel(
     scores_in_ptr,
     scores_out_ptr,
@@ -178,7 +178,7 @@ def refine_kernel(
         flush(histogram_ptr, counts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def select_kernel(thresholds_ptr, histograms_ptr, state_ptr, ranks_ptr, limits_ptr, groups):
     """Threshold, next window and a clean workspace. Grid: (groups, sides)."""
     group = tl.program_id(0).to(tl.int64)
