@@ -6,6 +6,7 @@ overrides are in `kif.configfile`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -89,6 +90,115 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass
+class EWCConfig:
+    """Elastic weight consolidation.
+
+    Args:
+        strength: lambda, weight of the penalty.
+        decay: gamma, factor of the old Fisher information when a task's own is added to it.
+        fisher_rows: rows of a finished task whose gradients the Fisher information is the mean square of.
+    """
+
+    strength: float = 1000.0
+    decay: float = 1.0
+    fisher_rows: int = 200
+
+    def __post_init__(self) -> None:
+        _check("ewc", self, at_least_0=("strength",), fractions=("decay",), positive=("fisher_rows",))
+
+
+@dataclass
+class OLoRAConfig:
+    """Orthogonal subspaces.
+
+    Args:
+        orthogonal: lambda_1, weight of the overlap of the new A with the old ones.
+        norm: lambda_2, weight of the norm of the new A and B.
+    """
+
+    orthogonal: float = 0.5
+    norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check("olora", self, at_least_0=("orthogonal", "norm"))
+
+
+@dataclass
+class TaSLConfig:
+    """Task skill localization and consolidation.
+
+    Args:
+        decay: EMA factor of sensitivity and uncertainty.
+        quantile: a unit is important above this quantile of the units' scores.
+        current: weight of the current task where both models need a unit, and in the history of scores.
+    """
+
+    decay: float = 0.85
+    quantile: float = 0.8
+    current: float = 0.3
+
+    def __post_init__(self) -> None:
+        _check("tasl", self, fractions=("decay", "quantile", "current"))
+
+
+@dataclass
+class MIGUConfig:
+    """Magnitude-based gradient updating.
+
+    Args:
+        quantile: fraction of a linear layer's outputs, those of smallest magnitude, that are not updated.
+    """
+
+    quantile: float = 0.7
+
+    def __post_init__(self) -> None:
+        _check("migu", self, fractions=("quantile",))
+
+
+@dataclass
+class VRMCLConfig:
+    """Variance-reduced meta continual learning.
+
+    Args:
+        inner_lr: initial learning rate of the inner SGD steps, one for each parameter.
+        inner_lr_lr: learning rate of these learning rates.
+        momentum: s, how much of the last corrected meta-gradient is kept.
+        outer_lr: eta, step size of the meta-update.
+        inner_steps: inner steps between two meta-updates.
+    """
+
+    inner_lr: float = 0.1
+    inner_lr_lr: float = 0.25
+    momentum: float = 0.15
+    outer_lr: float = 0.35
+    inner_steps: int = 4
+
+    def __post_init__(self) -> None:
+        _check(
+            "vrmcl", self, at_least_0=("inner_lr", "inner_lr_lr", "outer_lr"), fractions=("momentum",),
+            positive=("inner_steps",),
+        )  # fmt: skip
+
+
+def _check(
+    section: str,
+    config: Any,
+    *,
+    at_least_0: Sequence[str] = (),
+    fractions: Sequence[str] = (),
+    positive: Sequence[str] = (),
+) -> None:
+    for name in (*at_least_0, *fractions, *positive):
+        value = getattr(config, name)
+        if name in positive and value <= 0:
+            raise ValueError(f"{section}.{name} must be positive, got {value}")
+        if value < 0:
+            raise ValueError(f"{section}.{name} must not be negative, got {value}")
+        if name in fractions and value > 1:
+            raise ValueError(f"{section}.{name} must lie in [0, 1], got {value}")
+
+
+@dataclass
 class RunConfig:
     """Everything that defines a run. Defaults follow Appendix D of the paper where it speaks.
 
@@ -149,6 +259,11 @@ class RunConfig:
             gives forward transfer.
 
         kif: switches of Recurrent-KIF.
+        ewc: hyperparameters of EWC.
+        olora: hyperparameters of O-LoRA.
+        tasl: hyperparameters of TaSL.
+        migu: hyperparameters of MIGU.
+        vrmcl: hyperparameters of VR-MCL.
     """
 
     model: str = ""
@@ -199,6 +314,11 @@ class RunConfig:
     eval_forward: bool = False
 
     kif: KIFConfig = field(default_factory=KIFConfig)
+    ewc: EWCConfig = field(default_factory=EWCConfig)
+    olora: OLoRAConfig = field(default_factory=OLoRAConfig)
+    tasl: TaSLConfig = field(default_factory=TaSLConfig)
+    migu: MIGUConfig = field(default_factory=MIGUConfig)
+    vrmcl: VRMCLConfig = field(default_factory=VRMCLConfig)
 
     def __post_init__(self) -> None:
         positive = (
@@ -221,3 +341,14 @@ class RunConfig:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
         if self.order is not None and self.tasks:
             raise ValueError("give either order or tasks, not both")
+
+
+SECTIONS: dict[str, type] = {
+    "kif": KIFConfig,
+    "ewc": EWCConfig,
+    "olora": OLoRAConfig,
+    "tasl": TaSLConfig,
+    "migu": MIGUConfig,
+    "vrmcl": VRMCLConfig,
+}
+"""Parts of a RunConfig that belong to single methods, by field."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from kif.config import PRESETS, KIFConfig, RunConfig
+from kif.config import PRESETS, SECTIONS, KIFConfig, RunConfig
 
 # Names of the same thing in transformers' TrainingArguments that difflib would not connect.
 _SYNONYMS = {"learning_rate": "lr", "num_train_epochs": "epochs", "max_steps": "steps_per_task", "bf16": "precision"}
@@ -28,7 +28,7 @@ class ConfigError(ValueError):
 
 
 def load_config(path: str | Path) -> RunConfig:
-    """The run that a YAML file describes. Its keys are the fields of `RunConfig`, those of `KIFConfig` below `kif`.
+    """The run that a YAML file describes. Its keys are the fields of `RunConfig`, those of a method below its name.
 
     `kif: {preset: released-code, outer_steps: 4}` starts from a preset; the other keys override it.
 
@@ -90,8 +90,9 @@ def parse_run_config(argv: Sequence[str]) -> RunConfig:
             options.tasks = []
         elif base.order is not None and options.order == base.order:
             options.order = None
-    flat = {f.name: getattr(options, f.name) for f in dataclasses.fields(RunConfig) if f.name != "kif"}
-    flat |= {f"kif.{f.name}": getattr(options.kif, f.name) for f in dataclasses.fields(KIFConfig)}
+    flat = {f.name: getattr(options, f.name) for f in dataclasses.fields(RunConfig) if f.name not in SECTIONS}
+    for section, kind in SECTIONS.items():
+        flat |= {f"{section}.{f.name}": getattr(getattr(options, section), f.name) for f in dataclasses.fields(kind)}
     return check_inputs(_build(flat, lambda key: "command line"))
 
 
@@ -176,8 +177,10 @@ class _Source:
 @functools.cache
 def _types() -> dict[str, Any]:
     """Dotted key -> type, for everything a YAML file may hold."""
-    run = {name: hint for name, hint in get_type_hints(RunConfig).items() if name != "kif"}
-    return run | {f"kif.{name}": hint for name, hint in get_type_hints(_KIFOptions).items()}
+    types = {name: hint for name, hint in get_type_hints(RunConfig).items() if name not in SECTIONS}
+    for section, kind in {**SECTIONS, "kif": _KIFOptions}.items():
+        types |= {f"{section}.{name}": hint for name, hint in get_type_hints(kind).items()}
+    return types
 
 
 def _read_yaml(path: Path) -> _Source:
@@ -206,16 +209,17 @@ def _read_yaml(path: Path) -> _Source:
         content = {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path}:1: expected `key: value` lines, got a {type(content).__name__}")
-    section = content.pop("kif", None)
-    if section is not None and not isinstance(section, dict):
-        raise ConfigError(f"{source.where('kif')}: field 'kif' must hold `key: value` lines, got {section!r}")
-    source.values = {str(key): value for key, value in content.items()}
-    source.values |= {f"kif.{key}": value for key, value in (section or {}).items()}
+    for name in SECTIONS:
+        section = content.pop(name, None)
+        if section is not None and not isinstance(section, dict):
+            raise ConfigError(f"{source.where(name)}: field {name!r} must hold `key: value` lines, got {section!r}")
+        source.values |= {f"{name}.{key}": value for key, value in (section or {}).items()}
+    source.values |= {str(key): value for key, value in content.items()}
     return source
 
 
 def _key_lines(node: Any, path: str, prefix: str = "") -> dict[str, int]:
-    """Line of every key of a mapping node and of the `kif` mapping in it; refuses repeated keys."""
+    """Line of every key of a mapping node and of the methods' mappings in it; refuses repeated keys."""
     import yaml
 
     lines: dict[str, int] = {}
@@ -228,8 +232,8 @@ def _key_lines(node: Any, path: str, prefix: str = "") -> dict[str, int]:
         if name in lines:
             raise ConfigError(f"{path}:{line}: field {name!r} is given twice, first in line {lines[name]}")
         lines[name] = line
-        if name == "kif":
-            lines |= _key_lines(value, path, "kif.")
+        if name in SECTIONS:
+            lines |= _key_lines(value, path, f"{name}.")
     return lines
 
 
@@ -244,10 +248,15 @@ def _build(values: Mapping[str, Any], where: Any) -> RunConfig:
         from kif.methods import METHODS
 
         _nearest_or_raise(checked["method"], METHODS, f"{where('method')}: unknown method")
-    kif = {key.removeprefix("kif."): value for key, value in checked.items() if key.startswith("kif.")}
-    run = {key: value for key, value in checked.items() if not key.startswith("kif.")}
+    run = {key: value for key, value in checked.items() if "." not in key}
+    parts: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for key, value in checked.items():
+        section, dot, name = key.partition(".")
+        if dot:
+            parts[section][name] = value
     try:
-        return RunConfig(**run, kif=KIFConfig.preset(kif.pop("preset", "paper"), **kif))
+        built = {section: SECTIONS[section](**part) for section, part in parts.items() if section != "kif"}
+        return RunConfig(**run, **built, kif=KIFConfig.preset(parts["kif"].pop("preset", "paper"), **parts["kif"]))
     except ValueError as error:
         # messages of kif.config begin with the field's name
         raise ConfigError(f"{where(str(error).split()[0])}: {error}") from error
@@ -271,10 +280,10 @@ def _converted(key: str, value: Any, hint: Any, where: str) -> Any:
 
 def _suggestion(key: str) -> str:
     """The nearest valid field in words: below the same parent first, then anywhere."""
-    section = "kif." if key.startswith("kif.") else ""
-    leaves = {name.removeprefix("kif."): name for name in _types()}
-    same = {leaf: name for leaf, name in leaves.items() if name.startswith("kif.") == bool(section)}
-    leaf = key.removeprefix("kif.")
+    section, _, leaf = key.rpartition(".")
+    leaves = {name.rpartition(".")[2]: name for name in reversed(_types())}
+    same = {name.rpartition(".")[2]: name for name in _types() if name.rpartition(".")[0] == section}
+    leaves |= same
     plain = leaf.lower().replace("-", "_")
     found = plain if plain in leaves else nearest(leaf, same) or nearest(leaf, leaves)
     return f"; did you mean {leaves[found]!r}?" if found else "; `kif train --help` lists them all"

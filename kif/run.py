@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kif import metrics
-from kif.config import RunConfig
+from kif.config import SECTIONS, RunConfig
 from kif.evaluate import Evaluation, check_scoring, evaluate
 from kif.families import Encoded, LanguageModel
 from kif.loop import Record, train_phase
@@ -90,7 +90,7 @@ def train(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
     with (output / "metrics.jsonl").open("w") as stream, Progress(progress) as bar:
         log = _logger(stream, bar)
         results = _train_sequence(config, tasks, lm, method, encoded, cache, log, bar, output)
-    save_adapter(lm, output / "adapter")
+    method.save_adapter(output / "adapter")
     write_json(output / RESULTS, results)
     return results
 
@@ -138,7 +138,7 @@ def _train_sequence(
         seconds["train"] += time.perf_counter() - began
         for task in phase:
             memory.add(task.name, encoded[task.name], [example.label for example in task.train])
-        save_adapter(lm, checkpoint_folder(output, last, names[last]))
+        method.save_adapter(checkpoint_folder(output, last, names[last]))
         for row in range(last + 1):
             accuracy[row][last] = score(row, last)
 
@@ -236,11 +236,6 @@ def checkpoint_folder(run: Path, index: int, task: str) -> Path:
     return run / "checkpoints" / f"task-{index + 1:02d}-{task}"
 
 
-def save_adapter(lm: LanguageModel, folder: Path) -> None:
-    """Write the adapter as a plain PEFT folder (adapter_model.safetensors, adapter_config.json)."""
-    lm.model.save_pretrained(str(folder), safe_serialization=True)
-
-
 def check_unused(output: Path) -> None:
     """Raise FileExistsError for a folder that holds anything: a run never overwrites another."""
     if output.exists() and any(output.iterdir()):
@@ -271,7 +266,7 @@ def with_absolute_folders(config: RunConfig) -> RunConfig:
 
 def settings_key(config: RunConfig) -> str:
     """Short hash of what must be equal for two runs of a method and sequence to be repetitions of each other."""
-    named = {"method", "kif", "model", "data", "order", "tasks", "eval_split", "eval_mode"}
+    named = {"method", "model", "data", "order", "tasks", "eval_split", "eval_mode", *SECTIONS}
     incidental = {"seed", "output", "device", "cache_dir"}
     content = {name: value for name, value in asdict(config).items() if name not in named | incidental}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
@@ -280,7 +275,9 @@ def settings_key(config: RunConfig) -> str:
 def warn_unused(config: RunConfig, method: Method) -> None:
     """Warn of fields that were set although the method or the model's family makes no use of them."""
     default = RunConfig()
-    unused = [name for name in (*method.unused, *method.lm.unused) if getattr(config, name) != getattr(default, name)]
+    others = [section for section in SECTIONS if section != method.section]
+    names = (*method.unused, *method.lm.unused, *others)
+    unused = [name for name in names if getattr(config, name) != getattr(default, name)]
     if unused:
         warnings.warn(f"no effect with {method.name} and this model: {', '.join(unused)}", stacklevel=3)
 

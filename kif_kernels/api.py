@@ -38,7 +38,7 @@ def gradient_state_(
 
     Args:
         grad: float32, bfloat16 or float16, any shape; unchanged. Reads it once.
-        scale: 0-d float32, overwritten. 1 when max_norm is 0 (no clipping).
+        scale: 0-d float32, overwritten. 1 when max_norm is 0 (no clipping) or the norm is not finite.
         skip: 0-d bool, overwritten.
         step: 0-d float64 count of steps taken, for the bias correction of AdamW.
         skipped: 0-d int64 count of steps skipped.

@@ -75,6 +75,8 @@ def check_scores(
     for name, tensors in (("scores", scores), ("factors", factors)):
         for i, tensor in enumerate(tensors):
             check_dtype({f"{name}[{i}]": tensor}, STATE_DTYPES)
+            if tensor.numel() != scores[0].numel():
+                raise ValueError(f"{name}[{i}] has {tensor.numel()} elements, scores[0] has {scores[0].numel()}")
             if tensor.numel() < needed:
                 raise ValueError(f"{name}[{i}] has {tensor.numel()} elements, {needed} are to be ranked")
     for i, tensor in enumerate(factors):

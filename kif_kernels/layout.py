@@ -7,9 +7,9 @@ each further level a histogram of the one bin that holds the wanted rank, down t
 histograms: int64 [sides, LEVELS, groups, BINS], all 0 between uses.
 state: int64 [sides, groups, LEVELS, ROW]. Row l: (shift, base, parent shift, rank) of the histogram of level l, whose
 bin is (bits >> shift) - base, of elements whose bits >> parent shift equal base >> (parent shift - shift), or, at
-level 0, clamped; then (done, threshold bits) where an earlier level had the answer, and how many levels after the first have
-counted; in row 0, last, how many have counted in all uses. A launch reads one row and writes the next, never the
-same: the warps of a program read at different times, and must not disagree.
+level 0, clamped; then (done, threshold bits) where an earlier level had the answer, and how many levels after the
+first have counted; in row 0, last, how many have counted in all uses. A launch reads one row and writes the next,
+never the same: the warps of a program read at different times, and must not disagree.
 """
 
 BINS = 512

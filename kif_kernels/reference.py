@@ -35,14 +35,14 @@ def gradient_state_(
     max_norm: float,
     inv_scale: Tensor | None,
 ) -> None:
-    """norm = |inv_scale * g|; scale <- min(1, max_norm / (norm + 1e-6)), 1 when max_norm is 0; skip <- norm not finite;
-    step += not skip; skipped += skip."""
+    """norm = |inv_scale * g|; scale <- min(1, max_norm / (norm + 1e-6)), 1 when max_norm is 0 or the norm is
+    not finite; skip <- norm not finite; step += not skip; skipped += skip."""
     norm = torch.linalg.vector_norm(grad.reshape(-1), dtype=torch.float32)
     if inv_scale is not None:
         norm = norm * inv_scale
     finite = norm.isfinite()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
-    scale.copy_(factor)
+    scale.copy_(torch.where(finite, factor, 1.0))
     skip.copy_(~finite)
     step += finite.to(step.dtype)
     skipped += (~finite).to(skipped.dtype)
@@ -197,7 +197,8 @@ def fuse_(
             t_in, t_out = threshold_in[group], threshold_out[group]
             _fuse_part(part, start, inner, in_, out, t_in, t_out, weights, strict, write_start, kept, 0)
     if shadow is not None:
-        shadow.copy_(theta)
+        for to, source in zip(_parts(shadow, starts, numels), _parts(theta, starts, numels), strict=True):
+            to.copy_(source)
 
 
 def _fuse_part(

@@ -35,7 +35,7 @@ class StreamingThreshold:
         exact: see above.
         device: where the buffers are.
 
-    Raises: ValueError for a density outside [0, 1] or no elements.
+    Raises: ValueError for a density outside [0, 1], no elements, or other sides than 1 and 2.
     """
 
     def __init__(
@@ -50,6 +50,8 @@ class StreamingThreshold:
     ) -> None:
         if numel < 1:
             raise ValueError(f"cannot rank {numel} elements")
+        if sides not in (1, 2):
+            raise ValueError(f"sides must be 1 or 2, got {sides}")
         device = torch.device(device)
         self.sides, self.segments, self.exact = sides, segments, exact
         self._numels = (numel,) if segments is None else segments.numels

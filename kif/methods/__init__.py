@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 from kif.methods.base import Method, SingleAdapterMethod
+from kif.methods.ewc import EWC
+from kif.methods.inclora import IncLoRA
 from kif.methods.lora_replay import LoRAReplay
+from kif.methods.migu import MIGU
 from kif.methods.mtl import MTL
+from kif.methods.olora import OLoRA
 from kif.methods.recurrent_kif import RecurrentKIFMethod
 from kif.methods.seqlora import SeqLoRA
+from kif.methods.tasl import TaSL
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (RecurrentKIFMethod, SeqLoRA, LoRAReplay, MTL)}
+_ALL = (RecurrentKIFMethod, SeqLoRA, IncLoRA, LoRAReplay, EWC, OLoRA, TaSL, MIGU, MTL)
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 """Every method by its name on the command line."""
 
-__all__ = ["METHODS", "MTL", "LoRAReplay", "Method", "RecurrentKIFMethod", "SeqLoRA", "SingleAdapterMethod"]
+__all__ = [
+    "EWC",
+    "METHODS",
+    "MIGU",
+    "MTL",
+    "IncLoRA",
+    "LoRAReplay",
+    "Method",
+    "OLoRA",
+    "RecurrentKIFMethod",
+    "SeqLoRA",
+    "SingleAdapterMethod",
+    "TaSL",
+]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from kif.arena import ParameterArena
-from kif.config import RunConfig
+from kif.config import SECTIONS, RunConfig
 from kif.families import Batch, Encoded, LanguageModel
-from kif.optimizer import ArenaAdamW, OptimizerConfig
+from kif.optimizer import ArenaAdamW, OptimizerConfig, Scoring
 from kif.tasks import Task
 from kif.timing import Stopwatch
 
@@ -31,12 +33,14 @@ class Method(ABC):
         name: as on the command line.
         summary: one line for `kif methods`.
         source: where the method is from.
-        unused: fields of RunConfig that have no effect on it.
+        section: the part of RunConfig with its own hyperparameters (`kif.config.SECTIONS`), if it has any.
+        unused: fields of RunConfig, other than the sections of other methods, that have no effect on it.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     source: ClassVar[str]
+    section: ClassVar[str | None] = None
     unused: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, lm: LanguageModel, config: RunConfig) -> None:
@@ -56,8 +60,13 @@ class Method(ABC):
 
     @property
     def label(self) -> str:
-        """Name with the variant, for tables."""
-        return self.name
+        """Name, with every hyperparameter of its own that is not the default, for tables."""
+        if self.section is None:
+            return self.name
+        default = asdict(SECTIONS[self.section]())
+        values = asdict(getattr(self.config, self.section))
+        changes = [f"{name}={value}" for name, value in values.items() if value != default[name]]
+        return f"{self.name} ({', '.join(changes)})" if changes else self.name
 
     @property
     def inner_steps(self) -> int:
@@ -101,6 +110,10 @@ class Method(ABC):
     def end_task(self, index: int) -> None:  # noqa: B027
         """After the last round of phase `index`, before evaluation."""
 
+    def save_adapter(self, folder: Path) -> None:
+        """Write what was learned so far as a plain PEFT folder (adapter_model.safetensors, adapter_config.json)."""
+        self.lm.model.save_pretrained(str(folder), safe_serialization=True)
+
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Everything the method's next step depends on."""
@@ -127,7 +140,15 @@ class SingleAdapterMethod(Method):
     def inner_step(self, lr: float) -> None:
         self.arena.check()
         with self.stopwatch.section("optimizer", self.arena.device):
-            self.optimizer.step(lr)
+            self.modify_gradient()
+            self.optimizer.step(lr, self.scoring())
+
+    def modify_gradient(self) -> None:
+        """Change `arena.grad`, the gradient of the step's mean loss, before the update."""
+
+    def scoring(self) -> Scoring | None:
+        """An importance to update in the optimizer's pass."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         return {"arena": self.arena.state_dict(), "optimizer": self.optimizer.state_dict()}

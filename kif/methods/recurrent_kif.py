@@ -18,6 +18,7 @@ class RecurrentKIFMethod(Method):
     name = "recurrent-kif"
     summary = "inner loop on the new task, outer loop on replay memory, fused through importance masks"
     source = "Recurrent-KIF, section 3 and Algorithm 1"
+    section = "kif"
 
     def __init__(self, lm: LanguageModel, config: RunConfig) -> None:
         super().__init__(lm, config)

@@ -11,4 +11,4 @@ class SeqLoRA(SingleAdapterMethod):
     name = "seqlora"
     summary = "one LoRA adapter trained on task after task; forgets"
     source = "baseline (1) of section 4"
-    unused = ("kif", "outer_lr", "outer_batch_size", "memory_fraction", "memory_balanced")
+    unused = ("outer_lr", "outer_batch_size", "memory_fraction", "memory_balanced")

@@ -36,10 +36,11 @@ def adamw_kernel(
     grad_scale_ptr,
     inv_scale_ptr,
     skip_ptr,
-    lr,
+    rate,
     keep,
+    root_bias2,
+    lr,
     bias1,
-    inv_root_bias2,
     log2_beta1,
     log2_beta2,
     weight_decay,
@@ -61,15 +62,16 @@ def adamw_kernel(
     skip = False
     if skip_ptr is not None:
         skip = tl.load(skip_ptr) != 0
+    # rounded to float32 once; 1 - beta2**step is small, so that float32 powers would lose most of it
     if lr_ptr is not None:
         lr = tl.load(lr_ptr)
-        keep = (1.0 - lr.to(tl.float64) * weight_decay).to(tl.float32)
+        keep = (1.0 - tl.cast(lr, tl.float64) * weight_decay).to(tl.float32)
     if step_ptr is not None:
-        # 1 - beta2**step is small: float32 powers would lose most of it
         step = tl.maximum(tl.load(step_ptr), 1.0)
-        bias1 = (1.0 - tl.exp2(step * log2_beta1)).to(tl.float32)
-        inv_root_bias2 = (1.0 / tl.sqrt(1.0 - tl.exp2(step * log2_beta2))).to(tl.float32)
-    rate = tl.div_rn(lr, bias1)
+        bias1 = 1.0 - tl.exp2(step * log2_beta1)
+        root_bias2 = tl.sqrt(1.0 - tl.exp2(step * log2_beta2)).to(tl.float32)
+    if lr_ptr is not None or step_ptr is not None:
+        rate = (tl.cast(lr, tl.float64) / bias1).to(tl.float32)
     if histogram_ptr is not None:
         shift = tl.load(window_ptr).to(tl.int32)
         base = tl.load(window_ptr + 1).to(tl.int32)
@@ -91,7 +93,7 @@ def adamw_kernel(
         v_old = tl.load(exp_avg_sq_ptr + at, mask=mask, other=0.0)
         m = lerp(m_old, clipped, c1, near_new1)
         v = lerp(v_old, clipped * clipped, c2, near_new2)
-        new = w * keep - rate * tl.div_rn(m, tl.sqrt_rn(v) * inv_root_bias2 + eps)
+        new = w * keep - rate * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root_bias2) + eps)
         new = tl.where(skip, stored, new.to(weight_ptr.dtype.element_ty))
         tl.store(exp_avg_ptr + at, tl.where(skip, m_old, m), mask=mask)
         tl.store(exp_avg_sq_ptr + at, tl.where(skip, v_old, v), mask=mask)
@@ -156,9 +158,9 @@ def adamw_importance_(
         )  # fmt: skip
         return
     if step_tensor is None:
-        bias1, inv_root_bias2 = 1.0 - beta1**step, 1.0 / math.sqrt(1.0 - beta2**step)
+        bias1, root_bias2 = 1.0 - beta1**step, math.sqrt(1.0 - beta2**step)
     else:
-        bias1 = inv_root_bias2 = 1.0
+        bias1 = root_bias2 = 1.0
     n = weight.numel()
     # the histogram is added to memory, and powers of the betas are taken, once a program
     few = histogram is not None or step_tensor is not None
@@ -173,10 +175,11 @@ def adamw_importance_(
         grad_scale,
         inv_scale,
         skip,
-        lr,
+        lr / bias1,
         1.0 - lr * weight_decay,
+        root_bias2,
+        lr,
         bias1,
-        inv_root_bias2,
         _log2(beta1),
         _log2(beta2),
         weight_decay,

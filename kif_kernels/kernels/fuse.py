@@ -64,7 +64,7 @@ def fuse_block(
     if WRITE_START:
         tl.store(start_ptr + at, tl.where(inside, fused, start), mask=mask)
     if shadow_ptr is not None:
-        tl.store(shadow_ptr + at, tl.where(inside, fused, outer).to(shadow_ptr.dtype.element_ty), mask=mask)
+        tl.store(shadow_ptr + at, fused.to(shadow_ptr.dtype.element_ty), mask=inside)
     return m_in & inside, m_out & inside
 
 

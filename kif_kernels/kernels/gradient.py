@@ -50,7 +50,7 @@ def gradient_state_kernel(
     # false for nan too
     finite = tl.abs(norm) < float("inf")
     if CLIP:
-        tl.store(scale_ptr, tl.minimum(tl.div_rn(max_norm, norm + 1e-6), 1.0))
+        tl.store(scale_ptr, tl.where(finite, tl.minimum(tl.div_rn(max_norm, norm + 1e-6), 1.0), 1.0))
     else:
         tl.store(scale_ptr, 1.0)
     taken = tl.where(finite, 1, 0)

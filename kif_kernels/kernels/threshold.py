@@ -242,6 +242,9 @@ def thresholds_(
         reference.thresholds_(
             thresholds, histograms, state, ranks, limits, scores, factors, counted, starts, numels, chunks
         )
+        if histograms is not None:
+            # what was counted on the way is not used
+            histograms.zero_()
         return
     sides, groups = thresholds.shape
     inner, outer = scores[0].view(-1), scores[-1].view(-1)

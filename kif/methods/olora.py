@@ -1,0 +1,45 @@
+"""O-LoRA: a new LoRA for each task, in a subspace orthogonal to those of the old ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kif.families import Batch
+from kif.methods.inclora import IncLoRA
+
+
+class OLoRA(IncLoRA):
+    """IncLoRA with loss + orthogonal * sum |A_old A_new^T| + norm * sum (||A_new||_2 + ||B_new||_2), over all layers.
+
+    The first sum is over the elements of the product of the stacked old A with the new one; the norms are not squared.
+    """
+
+    name = "olora"
+    summary = "IncLoRA with a penalty that keeps the new LoRA orthogonal to the old ones"
+    source = "Wang et al. 2023; baseline of section 4"
+    section = "olora"
+
+    def loss(self, batch: Batch) -> tuple[Tensor, int]:
+        loss, count = self.lm.loss(batch)
+        if self.old:
+            loss = loss + count * self.penalty()
+        return loss, count
+
+    def penalty(self) -> Tensor:
+        """The two terms, a 0-d tensor with gradient."""
+        config = self.config.olora
+        total = torch.zeros((), device=self.arena.device)
+        for name, module in self.layers.items():
+            a, b = _weights(module)
+            if config.orthogonal:
+                total = total + config.orthogonal * (self.old[name][0] @ a.T).abs().sum()
+            if config.norm:
+                total = total + config.norm * (a.norm() + b.norm())
+        return total
+
+
+def _weights(module: Any) -> tuple[Tensor, Tensor]:
+    return module.lora_A["default"].weight, module.lora_B["default"].weight

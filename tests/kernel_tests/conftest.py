@@ -1,0 +1,42 @@
+"""Where the kernels run: interpreted if the process was started for that, else on a GPU; nowhere else (ignored).
+
+Triton decides when it is imported, so `tests/test_interpreter.py` starts a process with KIF_BACKEND=interpret and
+TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("KIF_BACKEND") == "interpret" and os.environ.get("TRITON_INTERPRET") == "1"
+ON_CUDA = not INTERPRETED and torch.cuda.is_available() and os.environ.get("KIF_BACKEND") in (None, "", "triton")
+NO_GPU = "needs a GPU"
+
+if INTERPRETED:
+    from kernel_tests.interpreter import correct_interpreter
+
+    correct_interpreter()
+elif not ON_CUDA:
+    collect_ignore_glob = ["test_*.py"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: runs on a GPU only")
+    # numpy's words about inputs that are meant to overflow
+    for what in ("overflow", "invalid value", "divide by zero", "underflow"):
+        config.addinivalue_line("filterwarnings", f"ignore:{what} encountered:RuntimeWarning")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not ON_CUDA and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The device that the kernels run on; CPU when they are interpreted."""
+    return torch.device("cuda", torch.cuda.current_device()) if ON_CUDA else torch.device("cpu")
