@@ -1,4 +1,4 @@
-"""Named sets of trainable tensors: the LoRA tensors of real models, flat buffers of round sizes, a tiny one for tests."""
+"""Named sets of trainable tensors: LoRA tensors of real models, flat buffers of round sizes, a tiny one for tests."""
 
 from __future__ import annotations
 

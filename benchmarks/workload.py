@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.shapes import Shape, elements
+from kif_kernels import StreamingThreshold
 
 Side = Literal["in", "out"]
 
@@ -29,6 +30,9 @@ DECAY = {"paper": {"in": 0.55, "out": 0.45}, "released": {"in": 0.85, "out": 0.8
 UNCERTAINTY_DECAY = 0.85
 GRADIENTS = 3
 """Different gradients that a round goes through."""
+
+KERNEL_BACKENDS = ("triton", "interpret")
+"""Backends of `kif_kernels` that are the kernels, whose bytes are known."""
 
 ROUND_BUFFERS = ("weight", "grad", "theta_start", "theta_inner", "importance_in", "importance_out")
 MOMENTS = ("exp_avg_in", "exp_avg_sq_in", "exp_avg_out", "exp_avg_sq_out")
@@ -105,22 +109,34 @@ class Contender:
         problem: shapes, device and data.
         buffers: names of the flat buffers that the operations to be called need.
 
-    `operations` may be narrowed by a subclass; each is a method of that name. Buffers are attributes in `flat`.
+    Attributes:
+        flat: the buffers by name.
+        note: what a reader of the result should know (backend, a fallback that was taken).
+        selections: the streaming selections it uses, which count their passes.
     """
 
     name = ""
     method: Literal["paper", "released"] = "paper"
     about = ""
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    mask_slack = 1e-5
+    """Fraction of elements that may fall on the other side of a threshold: scores differ by rounding."""
+    countable = True
+    """Whether its PyTorch operations can be counted one by one."""
+    rounds_only = False
+    """Whether it differs from another contender in its rounds alone."""
+    bytes_known = False
+    """Whether `Operation.kif_bytes` describes what it moves."""
 
     def __init__(self, problem: Problem, buffers: Iterable[str]) -> None:
         if problem.dtype not in self.dtypes:
             raise Unavailable(f"{self.name} takes {' and '.join(map(str, self.dtypes))} only")
         self.problem = problem
         self.note = ""
+        self.selections: list[StreamingThreshold] = []
         self.flat = {name: problem.buffer(name) for name in buffers}
         self.steps = {"in": FIRST_STEP, "out": FIRST_STEP}
-        if "theta_start" in self.flat and "exp_avg_out" in self.flat:
+        if "theta_start" in self.flat and "grad" in self.flat:
             # a round starts where the last fusion ended
             self.flat["theta_start"].copy_(self.flat["weight"])
         self.setup()
@@ -148,6 +164,9 @@ class Contender:
         """delta_in, delta_out at the density (Eq. 8)."""
         raise NotImplementedError
 
+    def prepare_fusion(self) -> None:
+        """Make what `fusion` finds in a round and not in the flat buffers."""
+
     def fusion(self, threshold_in: Tensor, threshold_out: Tensor) -> None:
         """theta <- theta_0 + w_in * tau_in + w_out * tau_out (Eq. 9)."""
         raise NotImplementedError
@@ -159,6 +178,15 @@ class Contender:
     def sync_state(self) -> dict[str, Tensor]:
         """Flat results by buffer name; state that lies elsewhere is gathered."""
         return self.flat
+
+    def count_passes(self, phases: Iterable[Phase]) -> int:
+        """Run the phases. Returns: passes over the scores of one side that the selections made in them."""
+        before = self._passes()
+        run_phases(phases)
+        return self._passes() - before
+
+    def _passes(self) -> int:
+        return sum(int(selection.refinements.sum()) for selection in self.selections)
 
     def load_gradient(self, index: int) -> None:
         """What a backward pass does: a fresh gradient in the gradient buffer."""
