@@ -12,7 +12,7 @@ import torch
 from tiny import sentiment_task, topic_task
 from torch import Tensor, nn
 
-from kif.config import EWCConfig, MIGUConfig, OLoRAConfig, RunConfig, TaSLConfig
+from kif.config import EWCConfig, MIGUConfig, OLoRAConfig, RunConfig, TaSLConfig, VRMCLConfig
 from kif.families import Encoded, LanguageModel
 from kif.loop import train_phase
 from kif.methods import METHODS, Method
@@ -273,7 +273,52 @@ def test_migu_limits(tiny_models: dict[str, Path]) -> None:
     assert torch.equal(ends["seqlora"], ends["migu"])
 
 
-STATEFUL = ("ewc", "inclora", "olora", "tasl", "migu")
+def test_vrmcl_round_is_its_equation(tiny_models: dict[str, Path]) -> None:
+    options = VRMCLConfig(inner_lr=0.05, inner_lr_lr=0.5, momentum=0.3, outer_lr=0.2, inner_steps=2)
+    method, rows = start(tiny_models, "vr-mcl", vrmcl=options, max_grad_norm=0.0, steps_per_task=None, epochs=1)
+    lm, arena = method.lm, method.arena
+    lm.model.eval()  # the base model has dropout
+
+    def gradient(point: Tensor, part: list[Encoded]) -> Tensor:
+        before = arena.data.clone()
+        arena.data.copy_(point)
+        arena.zero_grad()
+        loss, count = lm.loss(lm.collate(part))
+        (loss / count).backward()
+        found = arena.grad.clone()
+        arena.zero_grad()
+        arena.data.copy_(before)
+        return found
+
+    def feed(part: list[Encoded]) -> None:
+        loss, count = method.loss(lm.collate(part))
+        (loss / count).backward()
+
+    method.begin_task(1, rows[1])
+    theta, alpha = arena.data.clone(), torch.full_like(arena.data, 0.05)
+    last_d = last_w = None
+    news = [[rows[0][:2], rows[0][2:4]], [rows[0][4:6], rows[0][6:8]], [rows[0][8:10], rows[0][10:12]]]
+    for number, (a, b) in enumerate(news):
+        memory = rows[1][number % 2 : number % 2 + 1]
+        for part in (a, b):
+            feed(part)
+            method.inner_step(0.0)
+        feed(memory)
+        method.outer_step(0.0)
+        method.end_round()
+        first = gradient(theta, a)
+        second = gradient(theta - alpha * first, b)
+        w = theta - alpha * (first + second)
+        d = 0.5 * (gradient(w, b) + gradient(w, memory))
+        if last_d is not None:
+            d = d + 0.3 * (last_d - 0.5 * (gradient(last_w, b) + gradient(last_w, memory)))
+        alpha = (alpha + 0.5 * d * (first + second)).clamp(min=0.0)
+        theta, last_d, last_w = theta - 0.2 * d, d, w
+        torch.testing.assert_close(arena.data, theta, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(arena.buffer("inner_rates"), alpha, rtol=1e-4, atol=1e-5)
+
+
+STATEFUL = ("ewc", "inclora", "olora", "tasl", "migu", "vr-mcl")
 
 
 @pytest.mark.parametrize("name", STATEFUL)

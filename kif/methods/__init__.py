@@ -12,8 +12,9 @@ from kif.methods.olora import OLoRA
 from kif.methods.recurrent_kif import RecurrentKIFMethod
 from kif.methods.seqlora import SeqLoRA
 from kif.methods.tasl import TaSL
+from kif.methods.vrmcl import VRMCL
 
-_ALL = (RecurrentKIFMethod, SeqLoRA, IncLoRA, LoRAReplay, EWC, OLoRA, TaSL, MIGU, MTL)
+_ALL = (RecurrentKIFMethod, SeqLoRA, IncLoRA, LoRAReplay, EWC, OLoRA, TaSL, MIGU, VRMCL, MTL)
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 """Every method by its name on the command line."""
@@ -23,6 +24,7 @@ __all__ = [
     "METHODS",
     "MIGU",
     "MTL",
+    "VRMCL",
     "IncLoRA",
     "LoRAReplay",
     "Method",
