@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kif_kernels import reference
-from kif_kernels.kernels.common import BINS, bit_bins, flush, lerp, score, updated_score, updated_uncertainty
+from kif_kernels.kernels.common import BINS, bit_bins, flush, lerp, ranked_score, score
 from kif_kernels.kernels.launch import BLOCK, contiguous, flat, launch, lerp_weight, programs_for
 
 
@@ -89,6 +89,12 @@ def adamw_kernel(
         clipped = g
         if grad_scale_ptr is not None:
             clipped = g * tl.load(grad_scale_ptr)
+        # before the update where it can be: fewer values are held at once
+        if importance_ptr is not None and not AFTER_UPDATE:
+            ranked = ranked_score(
+                score(w, g), importance_ptr, uncertainty_ptr, at, mask, c, near_new, uncertainty_c,
+                uncertainty_near_new, skip, RESET,
+            )  # fmt: skip
         m_old = tl.load(exp_avg_ptr + at, mask=mask, other=0.0)
         v_old = tl.load(exp_avg_sq_ptr + at, mask=mask, other=0.0)
         m = lerp(m_old, clipped, c1, near_new1)
@@ -104,18 +110,13 @@ def adamw_kernel(
             tl.store(shadow_ptr + at, new.to(tl.float32).to(shadow_ptr.dtype.element_ty), mask=mask)
         if ZERO_GRAD:
             tl.store(grad_ptr + at, tl.zeros_like(g).to(grad_ptr.dtype.element_ty), mask=mask)
-        if importance_ptr is not None:
-            if AFTER_UPDATE:
-                s = score(new.to(tl.float32), clipped)
-            else:
-                s = score(w, g)
-            ranked = updated_score(s, importance_ptr, at, mask, c, near_new, skip, RESET)
-            if uncertainty_ptr is not None:
-                ranked *= updated_uncertainty(
-                    s, ranked, uncertainty_ptr, at, mask, uncertainty_c, uncertainty_near_new, skip, RESET
-                )
-            if histogram_ptr is not None:
-                counts += tl.histogram(bit_bins(ranked, shift, base), BINS, mask=mask)
+        if importance_ptr is not None and AFTER_UPDATE:
+            ranked = ranked_score(
+                score(new.to(tl.float32), clipped), importance_ptr, uncertainty_ptr, at, mask, c, near_new,
+                uncertainty_c, uncertainty_near_new, skip, RESET,
+            )  # fmt: skip
+        if histogram_ptr is not None:
+            counts += tl.histogram(bit_bins(ranked, shift, base), BINS, mask=mask)
     if histogram_ptr is not None:
         flush(histogram_ptr, counts)
 

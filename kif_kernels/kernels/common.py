@@ -36,9 +36,16 @@ def updated_score(s, importance_ptr, at, mask, c, near_new, skip, RESET: tl.cons
 
 
 @triton.jit
-def updated_uncertainty(s, importance, uncertainty_ptr, at, mask, c, near_new, skip, RESET: tl.constexpr):
-    """As `updated_score`, of | s - I | with the new I."""
-    return updated_score(tl.abs(s - importance), uncertainty_ptr, at, mask, c, near_new, skip, RESET)
+def ranked_score(
+    s, importance_ptr, uncertainty_ptr, at, mask, c, near_new, uncertainty_c, uncertainty_near_new, skip,
+    RESET: tl.constexpr,
+):  # fmt: skip
+    """Update importance, and uncertainty where there is one; returns what is ranked, I or I * U."""
+    ranked = updated_score(s, importance_ptr, at, mask, c, near_new, skip, RESET)
+    if uncertainty_ptr is not None:
+        deviation = tl.abs(s - ranked)
+        ranked *= updated_score(deviation, uncertainty_ptr, at, mask, uncertainty_c, uncertainty_near_new, skip, RESET)
+    return ranked
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kif_kernels import reference
-from kif_kernels.kernels.common import BINS, bit_bins, flush, score, updated_score, updated_uncertainty
+from kif_kernels.kernels.common import BINS, bit_bins, flush, ranked_score, score
 from kif_kernels.kernels.launch import BLOCK, contiguous, flat, launch, lerp_weight, programs_for
 
 
@@ -45,11 +45,9 @@ def importance_kernel(
         w = tl.load(weight_ptr + at, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
         s = score(w, g)
-        ranked = updated_score(s, importance_ptr, at, mask, c, near_new, skip, RESET)
-        if uncertainty_ptr is not None:
-            ranked *= updated_uncertainty(
-                s, ranked, uncertainty_ptr, at, mask, uncertainty_c, uncertainty_near_new, skip, RESET
-            )
+        ranked = ranked_score(
+            s, importance_ptr, uncertainty_ptr, at, mask, c, near_new, uncertainty_c, uncertainty_near_new, skip, RESET
+        )
         if histogram_ptr is not None:
             counts += tl.histogram(bit_bins(ranked, shift, base), BINS, mask=mask)
     if histogram_ptr is not None:
