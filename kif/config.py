@@ -25,6 +25,9 @@ class KIFConfig:
         score: `ema`: the EMA itself is thresholded (Eq. 8); `ema_uncertainty`: EMA * U, where U is the EMA of
             | |w * grad| - EMA | (released code, as in AdaLoRA).
         uncertainty_decay: EMA factor of U; used by `score=ema_uncertainty` only.
+        importance_of: `weight_gradient`: |w * grad| (Eq. 3); `gradient`: |grad| alone (Table 10).
+        history: `dynamic`: the outer importance is updated in every outer step (Eq. 7); `frozen`: it stays as it is
+            after the first round of each task ("- DIE", Table 2).
         importance_at: `gradient`: w is the weight at which the gradient was taken, and the gradient is the
             loss's own (Eq. 3); `update`: w after the optimizer step with the clipped gradient (released code).
         density: fraction of elements a mask keeps (20% in section 3.2).
@@ -35,7 +38,9 @@ class KIFConfig:
         mask: `at_least`: I >= threshold (Eq. 8); `above`: I > threshold (released code).
         fusion: name of the 2x2 weight table of (inner task vector, outer task vector) by the two masks, see
             `kif_kernels.FUSION_TABLES`: `paper` (Eq. 9), `released-code`, `no-share` ("- Share", Table 2),
-            `no-masks` ("- KI", Table 2: both task vectors whole, that is plain alternating training).
+            `no-masks` ("- KI", Table 2: both task vectors whole, that is plain alternating training). Without masks,
+            each task vector weighted by its share of the importance, I_in / (I_in + I_out): `global-merge` of the
+            sums over all elements ("+ GM"), `adaptive` of each element ("+ Adaptive").
         outer_optimizer: `own`: the outer loop has its own AdamW moments; `shared`: it shares the inner ones
             (released code).
     """
@@ -47,12 +52,14 @@ class KIFConfig:
     alpha2_weighs: Literal["new", "old"] = "new"
     score: Literal["ema", "ema_uncertainty"] = "ema"
     uncertainty_decay: float = 0.85
+    importance_of: Literal["weight_gradient", "gradient"] = "weight_gradient"
+    history: Literal["dynamic", "frozen"] = "dynamic"
     importance_at: Literal["gradient", "update"] = "gradient"
     density: float = 0.2
     threshold_scope: Literal["global", "tensor"] = "global"
     threshold: Literal["kth_largest", "approximate", "interpolated"] = "kth_largest"
     mask: Literal["at_least", "above"] = "at_least"
-    fusion: Literal["paper", "released-code", "no-share", "no-masks"] = "paper"
+    fusion: Literal["paper", "released-code", "no-share", "no-masks", "global-merge", "adaptive"] = "paper"
     outer_optimizer: Literal["own", "shared"] = "own"
 
     def __post_init__(self) -> None:
@@ -86,7 +93,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "fusion": "released-code",
         "outer_optimizer": "shared",
     },
+    "no-die": {"history": "frozen"},
+    "no-ki": {"fusion": "no-masks"},
+    "no-share": {"fusion": "no-share"},
+    "gm": {"fusion": "global-merge"},
+    "adaptive": {"fusion": "adaptive"},
+    "gradient-importance": {"importance_of": "gradient"},
+    "no-ema": {"alpha1": 0.0, "alpha2": 1.0},
+    "single-step": {"inner_steps": 10**9},
 }
+"""Named sets of switches: the paper, the authors' released code, and the ablations of the paper: Table 2 (`no-die`,
+`no-ki`, `no-share`, `gm`, `adaptive`), Table 10 (`gradient-importance`, `no-ema`) and Figure 6 (`single-step`, which
+fuses once, at the end of a task)."""
 
 
 @dataclass

@@ -142,7 +142,10 @@ class _KIFOptions(KIFConfig):
     """
 
     # hides the class method of this name, which options do not need
-    preset: Literal["paper", "released-code"] = "paper"  # type: ignore[assignment]
+    preset: Literal[
+        "paper", "released-code", "no-die", "no-ki", "no-share", "gm", "adaptive", "gradient-importance", "no-ema",
+        "single-step",
+    ] = "paper"  # type: ignore[assignment]  # fmt: skip
 
     def __post_init__(self) -> None:
         """Ranges are checked once, in `_build`."""

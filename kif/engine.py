@@ -120,7 +120,9 @@ class RecurrentKIF:
         decay = 1.0 - alpha2 if self.config.alpha2_weighs == "new" else alpha2
         last = self._outer_done + 1 == self.config.outer_steps
         with self.stopwatch.section("optimizer", self.arena.device):
-            self.outer_optimizer.step(lr, self._scoring("out", decay, reset=False, count=last))
+            # "- DIE": what the first round of a task found stays
+            frozen = self.config.history == "frozen" and self.rounds > 0
+            self.outer_optimizer.step(lr, None if frozen else self._scoring("out", decay, reset=False, count=last))
         self._outer_done += 1
 
     def fuse(self) -> None:
@@ -136,6 +138,16 @@ class RecurrentKIF:
         self._keep_theta_inner()
         if self.kept.device != arena.device:
             self.kept = self.kept.to(arena.device)
+        if self.config.fusion in ("global-merge", "adaptive"):
+            with self.stopwatch.section("fusion", arena.device):
+                self._weighted_fusion()
+        else:
+            self._masked_fusion()
+        self.rounds += 1
+        self._begin_round()
+
+    def _masked_fusion(self) -> None:
+        arena = self.arena
         with self.stopwatch.section("threshold", arena.device):
             threshold_in, threshold_out = self._thresholds()
         uncertain = self.config.score == "ema_uncertainty"
@@ -158,8 +170,17 @@ class RecurrentKIF:
                 numel=arena.numel,
                 segments=self._segments,
             )
-        self.rounds += 1
-        self._begin_round()
+
+    def _weighted_fusion(self) -> None:
+        """theta <- theta_b + w * tau_in + (1 - w) * tau_out, w = I_in / (I_in + I_out), 1/2 where both are 0."""
+        arena = self.arena
+        inner, outer = self._scores()
+        if self.config.fusion == "global-merge":
+            inner, outer = inner.sum(), outer.sum()
+        total = inner + outer
+        w = torch.where(total > 0, inner / total, 0.5)
+        start, middle = arena.buffer("theta_start"), arena.buffer("theta_inner")
+        arena.data.copy_(start + w * (middle - start) + (1.0 - w) * (arena.data - middle))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on; tensors are live ones, not copies."""
@@ -206,6 +227,7 @@ class RecurrentKIF:
             decay=decay,
             reset=reset,
             after_update=config.importance_at == "update",
+            of_gradient=config.importance_of == "gradient",
             uncertainty=arena.buffer(f"uncertainty_{side}") if config.score == "ema_uncertainty" else None,
             uncertainty_decay=config.uncertainty_decay,
             histogram=self._selection.histogram(index) if count else None,
@@ -228,9 +250,15 @@ class RecurrentKIF:
         if self.config.threshold != "interpolated":
             found = self._selection.select(scores, factors, counted=all(self._counted.values()))
             return (found[0], found[1]) if self._segments else (found[0, 0], found[1, 0])
-        products = [score * factor for score, factor in zip(scores, factors, strict=True)] if factors else scores
-        inner, outer = (self._quantile(product) for product in products)
-        return inner, outer
+        inner, outer = self._scores()
+        return self._quantile(inner), self._quantile(outer)
+
+    def _scores(self) -> tuple[Tensor, Tensor]:
+        """What is compared: importance, or importance * uncertainty."""
+        inner, outer = self.arena.buffer("importance_in"), self.arena.buffer("importance_out")
+        if self.config.score == "ema":
+            return inner, outer
+        return inner * self.arena.buffer("uncertainty_in"), outer * self.arena.buffer("uncertainty_out")
 
     def _quantile(self, scores: Tensor) -> Tensor:
         density = self.config.density

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from kif.arena import ParameterArena
-from kif_kernels import adamw_importance_, backend_name, gradient_state_
+from kif_kernels import (
+    adamw_importance_,
+    backend_name,
+    gradient_state_,
+    importance_ema_,
+    importance_uncertainty_ema_,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class Scoring:
         decay: weight of its old value.
         reset: take the old value as 0 (first step of a round).
         after_update: score the updated weight with the clipped gradient (released code).
+        of_gradient: score |g| instead of |w * g|, in a pass of its own (Table 10).
         uncertainty, uncertainty_decay: state and EMA factor of the released code's second score.
         histogram, window: of a `kif_kernels.StreamingThreshold`, to count the new scores.
     """
@@ -46,13 +53,11 @@ class Scoring:
     decay: float
     reset: bool = False
     after_update: bool = False
+    of_gradient: bool = False
     uncertainty: Tensor | None = None
     uncertainty_decay: float = 0.0
     histogram: Tensor | None = None
     window: Tensor | None = None
-
-
-NO_SCORING: dict[str, Any] = {"importance": None}
 
 
 class ArenaAdamW:
@@ -108,6 +113,11 @@ class ArenaAdamW:
             for name in ("_steps", "_scale", "_skip", "skipped"):
                 setattr(self, name, getattr(self, name).to(arena.device))
         gradient_state_(arena.grad, self._scale, self._skip, self._steps, self.skipped, max_norm=config.max_grad_norm)
+        fused: dict[str, Any] = {"importance": None}
+        if scoring is not None and scoring.of_gradient:
+            self._score_gradient(scoring)
+        elif scoring is not None:
+            fused = {name: value for name, value in vars(scoring).items() if name != "of_gradient"}
         adamw_importance_(
             arena.data,
             arena.grad,
@@ -123,8 +133,21 @@ class ArenaAdamW:
             snapshot_before=snapshot_before,
             snapshot_after=snapshot_after,
             zero_grad=True,
-            **(NO_SCORING if scoring is None else vars(scoring)),
+            **fused,
         )
+
+    def _score_gradient(self, scoring: Scoring) -> None:
+        grad = self.arena.grad * self._scale if scoring.after_update else self.arena.grad
+        one = torch.ones((), device=grad.device).expand_as(grad)
+        options: dict[str, Any] = {
+            "reset": scoring.reset, "skip": self._skip, "histogram": scoring.histogram, "window": scoring.window,
+        }  # fmt: skip
+        if scoring.uncertainty is None:
+            importance_ema_(scoring.importance, one, grad, scoring.decay, **options)
+        else:
+            importance_uncertainty_ema_(
+                scoring.importance, scoring.uncertainty, one, grad, scoring.decay, scoring.uncertainty_decay, **options
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The counts; the moments are saved with the arena."""

@@ -34,6 +34,10 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "fusion": {"fusion": "no-share"},
     "no-masks": {"fusion": "no-masks"},
     "outer_optimizer": {"outer_optimizer": "shared"},
+    "importance_of": {"importance_of": "gradient"},
+    "history": {"history": "frozen"},
+    "global-merge": {"fusion": "global-merge"},
+    "adaptive": {"fusion": "adaptive"},
 }
 
 
@@ -64,6 +68,7 @@ class PerTensor:
         self.zeros = zeros
         self.ema = {"in": zeros(), "out": zeros()}
         self.unc = {"in": zeros(), "out": zeros()}
+        self.rounds = 0
 
     def step(self, side: str | None, grads: dict[str, Tensor], lr: float) -> None:
         optimizer = self.outer if side == "out" else self.inner
@@ -78,7 +83,11 @@ class PerTensor:
         if side is None:
             return
         for n, p in self.p.items():
+            if side == "out" and self.c.history == "frozen" and self.rounds > 0:
+                continue
             s = (before[n] * raw[n]).abs() if self.c.importance_at == "gradient" else (p.detach() * p.grad).abs()
+            if self.c.importance_of == "gradient":
+                s = raw[n].abs()
             new = 1 - self.c.alpha1
             if side == "out":
                 new = self.c.alpha2 if self.c.alpha2_weighs == "new" else 1 - self.c.alpha2
@@ -109,6 +118,15 @@ class PerTensor:
         theta_q = {n: p.detach().clone() for n, p in self.p.items()}
         for grads in outer:
             self.step("out", grads, 2 * lr)
+        self.rounds += 1
+        if self.c.fusion in ("global-merge", "adaptive"):
+            sums = [sum(float(e.sum()) for e in self.ema[side].values()) for side in ("in", "out")]
+            for n, p in self.p.items():
+                share = self.ema["in"][n] / (self.ema["in"][n] + self.ema["out"][n])
+                w = sums[0] / sum(sums) if self.c.fusion == "global-merge" else share.nan_to_num(0.5)
+                inner, outer = theta_q[n] - theta_0[n], p.detach() - theta_q[n]
+                p.data = theta_0[n] + w * inner + (1 - w) * outer
+            return
         m_in, m_out = self.masks("in"), self.masks("out")
         weights = {
             "paper": {(1, 1): (1, 1), (1, 0): (1, 0), (0, 1): (0, 1), (0, 0): (0, 0)},
