@@ -94,7 +94,7 @@ def test_order_and_tasks_replace_each_other(
         ("lr: .nan\n", r"run.yaml:1: field 'lr': .*finite"),
         ("seed: 1\n\nlr: -1\n", r"run.yaml:3: lr must be positive"),
         ("kif:\n  density: 2\n", r"run.yaml:2: kif.density must lie in \[0, 1\]"),
-        ("kif: {preset: release}\n", r"run.yaml:1: field 'kif.preset': .*'paper' or 'released-code'"),
+        ("kif: {preset: release}\n", r"run.yaml:1: field 'kif.preset': .*'paper', 'released-code'"),
         ("kif: 3\n", r"run.yaml:1: field 'kif' must hold"),
         ("method: seqlra\n", r"run.yaml:1: unknown method 'seqlra'; did you mean 'seqlora'\?"),
         ("lr: 1\nseed: 2\nlr: 2\n", r"run.yaml:3: field 'lr' is given twice, first in line 1"),
