@@ -1,4 +1,4 @@
-"""The command `kif`: train, eval, report, methods, demo, doctor.
+"""The command `kif`: train, eval, report, compare, methods, demo, doctor.
 
 Exit status: 0 only when all of it worked; 2 for bad usage, configuration or data, with one paragraph on stderr;
 1 for a run that failed; 130 when interrupted. Nothing heavy is imported before a command needs it.
@@ -113,6 +113,32 @@ def report(argv: Sequence[str]) -> int:
     return 0
 
 
+def compare(argv: Sequence[str]) -> int:
+    """Train several methods side by side, with several seeds; finished runs are not run again."""
+    parser = _parser("compare", compare)
+    parser.epilog = "All options of `kif train` can be given too and hold for every run; each is a process of its own."
+    parser.add_argument("--methods", required=True, metavar="A,B,...", help="see `kif methods`; a preset: kif:no-die")
+    parser.add_argument("--seeds", type=_positive, default=3, metavar="N", help="seeds 0 to N - 1 (default: 3)")
+    parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="runs at once (default: 1)")
+    options, others = parser.parse_known_args(argv)
+    from kif.configfile import parse_run_config
+
+    base = parse_run_config(others)
+    from kif.compare import plan, run
+    from kif.report import comparison_table, load_results, write_report
+
+    cells = plan(base, options.methods.split(","), range(options.seeds))
+    failed = run(cells, options.jobs)
+    runs = [cell.folder for cell in cells if cell.finished]
+    if runs:
+        write_report(runs, Path(base.output) / "report")
+        print(comparison_table([load_results(folder) for folder in runs]))
+        print(f"written: {Path(base.output) / 'report'}")
+    for line in failed:
+        print(line, file=sys.stderr)
+    return 1 if failed else 0
+
+
 def methods(argv: Sequence[str]) -> int:
     """List the methods that `kif train --method` knows, each with its source."""
     _parser("methods", methods).parse_args(argv)
@@ -158,6 +184,7 @@ COMMANDS: dict[str, Command] = {
     "train": train,
     "eval": evaluate,
     "report": report,
+    "compare": compare,
     "methods": methods,
     "demo": demo,
     "doctor": doctor,

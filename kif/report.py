@@ -43,7 +43,7 @@ def comparison_table(results: Sequence[Results]) -> str:
     forward = any(result.fwt is not None for result in results)
     table = Table()
     table.add_column("method")
-    for name in ("runs", "OP", "BWT", *(["FWT"] if forward else []), "seconds", "steps", "update"):
+    for name in ("runs", "OP", "BWT", *(["FWT"] if forward else []), "seconds", "steps", "update", "memory"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, runs in group_runs(results):
         table.add_row(
@@ -55,6 +55,7 @@ def comparison_table(results: Sequence[Results]) -> str:
             _mean_std([run.seconds for run in runs], digits=0),
             _steps(runs),
             _mean_std([run.update_share for run in runs], unit="%"),
+            _memory(runs),
         )
     text = (
         _render(table)
@@ -64,6 +65,11 @@ def comparison_table(results: Sequence[Results]) -> str:
     if len(sequences) > 1:
         text += "".join(f"sequence {n}: {', '.join(names)}\n" for n, names in enumerate(sequences, 1))
     return text
+
+
+def _memory(runs: Sequence[Results]) -> str:
+    known = [run.peak_memory for run in runs if run.peak_memory is not None]
+    return f"{max(known) / 2**30:.2f} GiB" if known else ""
 
 
 def accuracy_matrix_table(results: Results) -> str:

@@ -60,6 +60,7 @@ class Results:
     eval_mode: str
     settings: str = ""
     skipped: int = 0
+    peak_memory: int | None = None
 
     @property
     def update_share(self) -> float | None:

@@ -156,6 +156,7 @@ def _train_sequence(
         "time": {**seconds, **method.stopwatch.seconds()},
         "steps": steps,
         "skipped": method.skipped,
+        "peak_memory": peak_memory(lm.device),
         "seed": config.seed,
         "eval_split": config.eval_split,
         "eval_mode": config.eval_mode,
@@ -234,6 +235,15 @@ def evaluate_run(
 def checkpoint_folder(run: Path, index: int, task: str) -> Path:
     """Where the adapter after task `index` (from 0) is kept."""
     return run / "checkpoints" / f"task-{index + 1:02d}-{task}"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that torch had allocated on a GPU; on the CPU the most that the process ever held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def check_unused(output: Path) -> None:

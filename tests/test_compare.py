@@ -1,0 +1,92 @@
+"""`kif compare`: which cells there are, resuming, refusing changed settings, one failed cell among others."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kif import cli, compare
+from kif.config import KIFConfig, RunConfig
+from kif.configfile import ConfigError
+
+
+def base(output: Path, **options: Any) -> RunConfig:
+    return RunConfig(model="m", data="d", order="abc", output=str(output), **options)
+
+
+def test_cells_are_methods_and_presets_by_seed(tmp_path: Path) -> None:
+    cells = compare.plan(base(tmp_path, kif=KIFConfig(outer_steps=4)), ["seqlora", "kif", "kif:no-die"], [0, 1])
+    assert [cell.folder.relative_to(tmp_path).as_posix() for cell in cells] == [
+        f"{name}/seed-{seed}" for seed in (0, 1) for name in ("seqlora", "kif", "kif-no-die")
+    ]
+    assert [cell.config.seed for cell in cells] == [0, 0, 0, 1, 1, 1]
+    no_die = cells[2].config
+    assert no_die.method == "recurrent-kif" and no_die.kif == KIFConfig(outer_steps=4, history="frozen")
+    assert compare.variant_config(base(tmp_path), "kif:single-step").kif.inner_steps == 10**9
+    assert compare.variant_config(base(tmp_path), "kif:released-code").kif == KIFConfig.preset("released-code")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["seqlorra"], "unknown method 'seqlorra'; did you mean 'seqlora'"),
+        (["kif:no-dye"], "unknown preset 'no-dye'; did you mean 'no-die'"),
+        (["ewc:gm"], "only recurrent-kif has presets"),
+        (["ewc", "ewc"], "named twice"),
+    ],
+)
+def test_unknown_names_are_refused(tmp_path: Path, names: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compare.plan(base(tmp_path), names, [0])
+
+
+def arguments(written: Path, model: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "compare", "--model", str(model), "--data", str(written), "--order", "abc", "--output", str(output),
+        "--steps-per-task", "2", "--limit-eval", "2", "--max-new-tokens", "2", "--seeds", "2", *more,
+    ]  # fmt: skip
+
+
+def test_finished_cells_are_not_run_again(
+    written: Path, tiny_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    run = arguments(written, tiny_models["bert"], output, "--methods", "seqlora,kif:no-share")
+    interrupted = output / "seqlora" / "seed-0.partial"
+    interrupted.mkdir(parents=True)
+    (interrupted / "metrics.jsonl").write_text("{}")
+    assert cli.main(run) == 0
+    table = capsys.readouterr().out
+    assert "seqlora" in table and "no-share (M=1)" in table and "GiB" in table
+    results = sorted(output.glob("*/seed-*/results.json"))
+    assert len(results) == 4 and not interrupted.exists()
+    assert json.loads((output / "report" / "results.json").read_text())["summary"][0]["seeds"] == [0, 1]
+    times = [path.stat().st_mtime_ns for path in results]
+    results[0].unlink()
+    results[0].parent.rename(tmp_path / "lost")
+    assert cli.main(run) == 0
+    again = [path.stat().st_mtime_ns for path in results]
+    assert again[1:] == times[1:] and again[0] > times[0]
+    capsys.readouterr()
+    assert cli.main([*run, "--lr", "1e-2"]) == 2
+    assert "was run with lr=0.0003, now it is 0.01" in capsys.readouterr().err
+
+
+def test_a_failed_cell_leaves_the_others(written: Path, tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    cells = compare.plan(
+        RunConfig(
+            model=str(tiny_models["bert"]), data=str(written), order="abc", output=str(tmp_path / "out"),
+            steps_per_task=2, limit_eval=2,
+        ),
+        ["seqlora", "mtl"],
+        [0],
+    )  # fmt: skip
+    broken = compare.Cell(cells[0].folder, replace(cells[0].config, target_modules=["nothing"]))
+    failed = compare.run([broken, cells[1]], jobs=1)
+    assert len(failed) == 1 and "exit status 2" in failed[0]
+    assert "no linear layer is named 'nothing'" in (broken.folder.parent / "seed-0.log").read_text()
+    assert cells[1].finished and not broken.finished
