@@ -73,8 +73,8 @@ class ParameterArena:
             end += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
         self.numel = sum(segment.numel for segment in self.segments)
         device = self._parameters[0].device
-        self.data = torch.zeros(end, device=device)
-        self.grad = torch.zeros(end, device=device)
+        self.data = torch.zeros(end, dtype=torch.float32, device=device)
+        self.grad = torch.zeros_like(self.data)
         self.buffers: dict[str, Tensor] = {}
         self._adopt()
 

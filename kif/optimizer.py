@@ -79,7 +79,7 @@ class ArenaAdamW:
         self.arena, self.name, self.config = arena, name, config
         device = arena.device
         self._steps = torch.zeros((), dtype=torch.float64, device=device)
-        self._scale = torch.ones((), device=device)
+        self._scale = torch.ones((), dtype=torch.float32, device=device)
         self._skip = torch.zeros((), dtype=torch.bool, device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.reset()

@@ -3,8 +3,8 @@
 Each variant of an operation (which optional buffers there are, of which dtypes, which switches are set) is compiled
 when it is first called, which takes seconds, and not again: sizes are symbolic, and numbers such as the learning rate
 come in as 0-d tensors. On the CPU this needs a C++ compiler. Buffers that are not contiguous, and those of one element,
-go to the reference. Thresholds are no element-wise operation: `kif_kernels.selection` finds them on the CPU, the
-reference elsewhere.
+go to the reference. Norms and thresholds are no element-wise operations and not compiled: they are those of
+`kif_kernels.eager` on the CPU, of the reference elsewhere.
 """
 
 from __future__ import annotations
@@ -20,10 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kif_kernels import reference, selection
-from kif_kernels.reference import gradient_state_, histogram_, score
+from kif_kernels import eager, reference
+from kif_kernels.reference import histogram_, score
 
 __all__ = ["adamw_importance_", "fuse_", "gradient_state_", "histogram_", "importance_ema_", "thresholds_"]
+
+
+def gradient_state_(
+    grad: Tensor, scale: Tensor, skip: Tensor, step: Tensor, skipped: Tensor, max_norm: float, inv_scale: Tensor | None
+) -> None:
+    """As in the reference, and not compiled."""
+    module = eager if grad.device.type == "cpu" else reference
+    module.gradient_state_(grad, scale, skip, step, skipped, max_norm, inv_scale)
 
 
 def importance_ema_(
@@ -117,7 +125,7 @@ def thresholds_(
     chunks: Tensor | None,
 ) -> None:
     """As in the reference, and not compiled."""
-    module = selection if thresholds.device.type == "cpu" else reference
+    module = eager if thresholds.device.type == "cpu" else reference
     module.thresholds_(
         thresholds, histograms, state, ranks, limits, scores, factors, counted, starts, numels, chunks
     )  # fmt: skip
@@ -144,23 +152,22 @@ def fuse_(
     chunks: Tensor | None,
 ) -> None:
     """As in the reference."""
-    buffers = (theta, theta_start, theta_inner, importance_in, importance_out, uncertainty_in, uncertainty_out)
-    if not _suits(*buffers, shadow) or 1 in numels:
+    scored = (theta, theta_start, theta_inner, importance_in, importance_out, uncertainty_in, uncertainty_out)
+    if not _suits(*scored, shadow) or 1 in numels:
         reference.fuse_(
-            *buffers, threshold_in, threshold_out, weights, strict, write_start, shadow, kept, numel, starts, numels,
+            *scored, threshold_in, threshold_out, weights, strict, write_start, shadow, kept, numel, starts, numels,
             chunks,
         )  # fmt: skip
         return
+    buffers = _flat(*scored, shadow)
     table, switches = [_scalar(w) for w in weights], (strict, write_start)
     limits = list(zip(threshold_in.reshape(-1), threshold_out.reshape(-1), strict=True))
     if starts:
         for a, n, pair in zip(starts, numels, limits, strict=True):
-            part = [None if t is None else t[a : a + n] for t in _flat(*buffers)]
-            _call(_fuse, (*part, None), (kept, *pair, *table), switches)
-        if shadow is not None:
-            shadow.copy_(theta)
+            part = [None if t is None else t[a : a + n] for t in buffers]
+            _call(_fuse, part, (kept, *pair, *table), switches)
         return
-    _call(_fuse, _flat(*buffers, shadow), (kept, *limits[0], *table), switches)
+    _call(_fuse, buffers, (kept, *limits[0], *table), switches)
     padding = theta.numel() - numel
     if kept is not None and padding:
         # padding holds zeros, which a mask keeps when its threshold is 0

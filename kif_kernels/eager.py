@@ -7,6 +7,7 @@ contiguous or not float32 go to the reference. Thresholds are in `kif_kernels.se
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from itertools import repeat
 from typing import Any
@@ -15,13 +16,35 @@ import torch
 from torch import Tensor
 
 from kif_kernels import reference
-from kif_kernels.reference import gradient_state_, histogram_
+from kif_kernels.reference import histogram_
 from kif_kernels.selection import thresholds_
 
 __all__ = ["adamw_importance_", "fuse_", "gradient_state_", "histogram_", "importance_ema_", "thresholds_"]
 
 CHUNK = 131072
 """Elements a thread works on at a time, 512 KiB of a buffer: fewer pay for calls, more push others out of the cache."""
+
+
+def gradient_state_(
+    grad: Tensor, scale: Tensor, skip: Tensor, step: Tensor, skipped: Tensor, max_norm: float, inv_scale: Tensor | None
+) -> None:
+    """Clipping factor and non-finite flag; as in the reference."""
+    if not _fast(grad):
+        reference.gradient_state_(grad, scale, skip, step, skipped, max_norm, inv_scale)
+        return
+    total = 0.0
+    for (squares,), (g,) in _chunks(1, grad):
+        part = float(torch.mul(g, g, out=squares).sum())
+        # a sum may overflow where no square does
+        total += part if math.isfinite(part) else float(squares.sum(dtype=torch.float64))
+    norm = torch.tensor(math.sqrt(total), dtype=torch.float32)
+    if inv_scale is not None:
+        norm = norm * inv_scale.reshape(())
+    finite = math.isfinite(norm)
+    scale.copy_((max_norm / (norm + 1e-6)).clamp(max=1.0) if finite and max_norm > 0 else torch.ones(()))
+    skip.fill_(not finite)
+    step += finite
+    skipped += not finite
 
 
 def importance_ema_(
@@ -161,7 +184,9 @@ def fuse_(
             threshold_in, threshold_out, weights, strict, write_start, shadow, kept, numel, starts, numels, chunks,
         )  # fmt: skip
         return
-    buffers = (theta, theta_start, theta_inner, importance_in, importance_out, uncertainty_in, uncertainty_out)
+    buffers = (
+        theta, theta_start, theta_inner, importance_in, importance_out, uncertainty_in, uncertainty_out, shadow
+    )  # fmt: skip
     counts = [0, 0, 0]
     limits = list(zip(threshold_in.reshape(-1).tolist(), threshold_out.reshape(-1).tolist(), strict=True))
     rule = (weights, strict, write_start)
@@ -171,8 +196,6 @@ def fuse_(
             _fuse_part([None if t is None else t[a : a + n] for t in flat], pair, *rule, kept is not None, counts)
     else:
         _fuse_part(buffers, limits[0], *rule, kept is not None, counts)
-    if shadow is not None:
-        shadow.copy_(theta)
     if kept is not None:
         if not starts:
             # padding holds zeros, which a mask keeps when its threshold is 0
@@ -183,17 +206,12 @@ def fuse_(
 
 
 def _fuse_part(
-    buffers: Sequence[Tensor | None],
-    limits: tuple[float, float],
-    weights: Sequence[float],
-    strict: bool,
-    write_start: bool,
-    count: bool,
-    counts: list[int],
-) -> None:
-    """Fuse buffers (theta, start, inner, I_in, I_out, U_in, U_out) by one pair of thresholds; counts += mask sizes."""
+    buffers: Sequence[Tensor | None], limits: tuple[float, float], weights: Sequence[float], strict: bool,
+    write_start: bool, count: bool, counts: list[int],
+) -> None:  # fmt: skip
+    """Fuse (theta, start, inner, I_in, I_out, U_in, U_out, shadow) by one pair of thresholds; counts += mask sizes."""
     compare = torch.gt if strict else torch.ge
-    for (m_in, m_out, tau, fused), (theta, start, inner, i_in, i_out, u_in, u_out) in _chunks(4, *buffers):
+    for (m_in, m_out, tau, fused), (theta, start, inner, i_in, i_out, u_in, u_out, low) in _chunks(4, *buffers):
         # masks of floats: PyTorch multiplies by them several times faster than it selects by bools
         compare(_ranked(i_in, u_in, tau, fused), limits[0], out=m_in)
         compare(_ranked(i_out, u_out, tau, fused), limits[1], out=m_out)
@@ -211,6 +229,8 @@ def _fuse_part(
                 theta, start, inner, i_in, i_out, u_in, u_out, torch.tensor(limits[0]), torch.tensor(limits[1]),
                 weights, strict, write_start, None, None, theta.numel(), (), (), None,
             )  # fmt: skip
+        if low is not None:
+            low.copy_(theta)
         if count:
             # exact in float32: at most 2^24 ones
             for i, size in enumerate((m_in.sum(), m_out.sum(), torch.dot(m_in, m_out))):
@@ -241,7 +261,9 @@ def _ranked(importance: Tensor, uncertainty: Tensor | None, out: Tensor, other: 
 
 def _score(weight: Tensor, grad: Tensor, out: Tensor) -> Tensor:
     """|w * g|, 0 where that is not finite."""
-    return torch.mul(weight, grad, out=out).abs_().nan_to_num_(0.0, 0.0, 0.0)
+    torch.mul(weight, grad, out=out).abs_()
+    # to look for what is not finite is cheaper than to replace it, and there is seldom any
+    return out if math.isfinite(float(out.sum())) else out.nan_to_num_(0.0, 0.0, 0.0)
 
 
 def _ema_(
@@ -271,11 +293,24 @@ def _fast(*tensors: Tensor | None) -> bool:
     return _contiguous(*tensors) and all(t is None or t.dtype == torch.float32 for t in tensors)
 
 
+_kept = threading.local()
+
+
+def _room(rows: int, columns: int) -> Tensor:
+    """Scratch that is kept: fresh pages for every call would cost a third of the call."""
+    room: Tensor | None = getattr(_kept, "room", None)
+    if room is None or room.numel() < rows * columns:
+        # usable in and outside of inference mode, wherever it was made
+        with torch.inference_mode(False):
+            room = _kept.room = torch.empty(rows * columns, dtype=torch.float32)
+    return room[: rows * columns].view(rows, columns)
+
+
 def _chunks(scratch: int, *tensors: Tensor | None) -> Iterator[tuple[tuple[Tensor, ...], tuple[Any, ...]]]:
     """(`scratch` float32 buffers, the parts of the tensors) for part after part; None stays None."""
     numel = next(t.numel() for t in tensors if t is not None)
     size = min(CHUNK * torch.get_num_threads(), 2**24)
-    room = torch.empty(scratch, min(size, numel))
+    room = _room(scratch, min(size, numel))
     for parts in zip(*(repeat(None) if t is None else t.view(-1).split(size) for t in tensors), strict=False):
         n = next(part.numel() for part in parts if part is not None)
         yield room[:, :n].unbind(), parts

@@ -56,7 +56,7 @@ class StreamingThreshold:
         self.sides, self.segments, self.exact = sides, segments, exact
         self._numels = (numel,) if segments is None else segments.numels
         groups = len(self._numels)
-        self.thresholds = torch.zeros(sides, groups, device=device)
+        self.thresholds = torch.zeros(sides, groups, dtype=torch.float32, device=device)
         self._ranks = torch.empty(groups, dtype=torch.int64, device=device)
         self._limits = torch.empty(groups, dtype=torch.int64, device=device)
         _fill(self._limits, [0 if exact else math.floor(APPROXIMATE_LIMIT * n) for n in self._numels])

@@ -154,6 +154,8 @@ def test_what_a_sync_is(on_definitions: None, reading: Any, name: str) -> None:
         (lambda x: torch.zeros_like(x), 1),
         (lambda x: x[torch.arange(2)], 2),
         (lambda x: (x * x).sum().sqrt(), 3),
+        (lambda x: x.__setitem__(slice(1), 5.0), 1),
+        (lambda x: x.__setitem__(slice(1), torch.zeros(1)), 2),
     ],
 )
 def test_what_a_launch_is(on_definitions: None, operation: Any, launches: int) -> None:

@@ -122,6 +122,30 @@ every_kind = pytest.mark.parametrize(
 
 
 @every_kind
+@given(
+    SIZES, SEEDS, st.integers(-30, 21), st.sampled_from([None, float("nan"), float("inf")]),
+    st.sampled_from([0.0, 0.5, 1e18]), st.sampled_from([None, 2.0**-14, 1e30]),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_gradient_state(
+    kinds: Kinds, n: int, seed: int, octave: int, bad: float | None, max_norm: float, inv_scale: float | None
+) -> None:
+    # squares and sums of them from underflow to overflow
+    grad = (torch.randn(n, generator=torch.Generator().manual_seed(seed)) * 10.0**octave).to(kinds.value)
+    if bad is not None:
+        grad[seed % n] = bad
+    inverse = None if inv_scale is None else torch.tensor(inv_scale)
+    arguments = [
+        grad, torch.tensor(NAN), torch.tensor(False), torch.tensor(3.0, dtype=torch.float64), torch.tensor(4),
+        max_norm, inverse,
+    ]  # fmt: skip
+    expected, result = (outcome(module, "gradient_state_", arguments, kinds.layout) for module in (reference, eager))
+    # sums in another order
+    torch.testing.assert_close(result[1], expected[1], rtol=2 * torch.finfo(torch.float32).eps, atol=0.0)
+    assert [int(x) for x in result[2:5]] == [int(x) for x in expected[2:5]]
+
+
+@every_kind
 @given(SIZES, SEEDS, DECAYS, SKIPS, st.booleans(), st.booleans(), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_importance(
@@ -284,3 +308,14 @@ def test_a_parameter_is_trained_through_the_public_functions(monkeypatch: pytest
         assert weight.requires_grad and not start.requires_grad
         results.append(weight.detach())
     assert torch.equal(*results)
+
+
+def test_scratch_made_in_inference_mode_is_used_outside() -> None:
+    eager._kept.__dict__.clear()
+    ends = []
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            importance, weight, grad = torch.ones(9), torch.full((9,), 2.0), torch.full((9,), 3.0)
+            kk.importance_ema_(importance, weight, grad, 0.5)
+            ends.append(importance.tolist())
+    assert ends == [[3.5] * 9] * 2

@@ -47,8 +47,9 @@ def entries(variants: Sequence[Variant] = VARIANTS) -> list[Entry]:
 
 
 def engine_launches() -> list[Launch]:
-    """Of a plain step and two rounds, for each preset and for thresholds per tensor."""
-    configs = [KIFConfig.preset(name) for name in PRESETS] + [KIFConfig(threshold_scope="tensor")]
+    """Of a plain step and two short rounds, for each preset and for thresholds per tensor."""
+    short = {"inner_steps": 3, "outer_steps": 2}
+    configs = [KIFConfig.preset(name, **short) for name in PRESETS] + [KIFConfig(threshold_scope="tensor", **short)]
     with recorded() as launches:
         for config in configs:
             parameters = [(name, nn.Parameter(torch.zeros(N // 2))) for name in "ab"]

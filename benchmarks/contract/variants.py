@@ -209,6 +209,8 @@ VARIANTS = (
     importance("importance, 2^31 elements", numel=HUGE),
     adamw("adamw", state=None),
     adamw("adamw, zero_grad", state=None, zero_grad=True),
+    adamw("adamw, snapshot before, zero_grad", state=None, before=True, zero_grad=True),
+    adamw("adamw, snapshot after, zero_grad", state=None, after=True, zero_grad=True),
     adamw("adamw+importance"),
     adamw("adamw+importance, host scalars", step=3, grad_scale=None, skip=None),
     adamw("adamw+importance, lr on device", lr=torch.zeros(()), inv_scale=torch.zeros(())),

@@ -40,7 +40,7 @@ class VRMCL(Method):
         self._seen: list[Batch] = []
         self._new_batches: list[Batch] = []
         device = self.arena.device
-        self._scale = torch.ones((), device=device)
+        self._scale = torch.ones((), dtype=torch.float32, device=device)
         self._skip = torch.zeros((), dtype=torch.bool, device=device)
         self._steps = torch.zeros((), dtype=torch.float64, device=device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)

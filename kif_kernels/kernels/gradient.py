@@ -74,7 +74,7 @@ def gradient_state_(
         return
     n = grad.numel()
     programs = max(1, -(-n // (BLOCKS_PER_PROGRAM * BLOCK)))
-    partial = torch.empty(programs, device=grad.device)
+    partial = torch.empty(programs, dtype=torch.float32, device=grad.device)
     launch(square_sum_kernel, (programs,), grad.view(-1), partial, n, BLOCKS=BLOCKS_PER_PROGRAM, BLOCK=BLOCK)
     launch(
         gradient_state_kernel,

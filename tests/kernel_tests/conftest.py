@@ -40,3 +40,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """The device that the kernels run on; CPU when they are interpreted."""
     return torch.device("cuda", torch.cuda.current_device()) if ON_CUDA else torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted, a program costs as much as a block: two show what six do. Some tests take other numbers."""
+    if INTERPRETED:
+        from kif_kernels.kernels import launch
+
+        monkeypatch.setattr(launch, "PROGRAMS_PER_SM", 2)
