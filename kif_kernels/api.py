@@ -11,6 +11,7 @@ from kif_kernels.checks import (
     STATE_DTYPES,
     VALUE_DTYPES,
     check_dtype,
+    check_histogram,
     check_numel,
     check_same_shape,
     check_scalars,
@@ -360,6 +361,9 @@ def fuse_(
     if kept is not None:
         check_dtype({"kept": kept}, (torch.int64,))
         check_same_shape("the three masks", torch.Size([3]), {"kept": kept})
+    counts = (
+        kept if kept is None or kept.is_contiguous() else torch.zeros_like(kept, memory_format=torch.contiguous_format)
+    )
     torch.ops.kif.fuse_(
         theta,
         theta_start,
@@ -368,18 +372,20 @@ def fuse_(
         importance_out,
         uncertainty_in,
         uncertainty_out,
-        threshold_in.float(),
-        threshold_out.float(),
+        threshold_in.float().contiguous(),
+        threshold_out.float().contiguous(),
         [w for pair in table for w in pair],
         strict,
         write_start,
         shadow,
-        kept,
+        counts,
         numel,
         list(segments.starts) if segments else [],
         list(segments.numels) if segments else [],
         segments.chunks(theta.device) if segments else None,
     )
+    if kept is not None and counts is not None and counts is not kept:
+        kept += counts
     return theta
 
 
@@ -403,8 +409,7 @@ def _check_importance(
     check_same_shape("weight", weight.shape, {"importance": importance, "grad": grad})
     check_unit("decay", decay)
     check_scalars(weight.device, {"skip": skip})
-    if (histogram is None) != (window is None):
-        raise ValueError("histogram and window are given together or not at all")
+    check_histogram(histogram, window)
 
 
 def _check_uncertainty(importance: Tensor, uncertainty: Tensor, uncertainty_decay: float) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 
 import torch
 from torch import Tensor
 
+from kif_kernels.layout import BINS
 from kif_kernels.segments import Segments
 
 STATE_DTYPES = (torch.float32, torch.bfloat16)
@@ -18,11 +18,11 @@ VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def mask_size(density: float, n: int) -> int:
     """k = ceil(density * n), at least 1: how many of n elements a mask of this density keeps when none tie.
 
-    The density is taken as the decimal number it prints as, so that 0.1 of 30 is 3 and not 4.
+    A product that lies above a whole number by rounding only counts as that number: 0.1 of 30 is 3 and not 4.
     Raises: ValueError for a density outside [0, 1].
     """
     check_density(density)
-    return max(1, math.ceil(Fraction(repr(float(density))) * n))
+    return max(1, math.ceil(density * n * (1.0 - 2.0**-52)))
 
 
 def check_density(density: float) -> None:
@@ -53,6 +53,17 @@ def check_scalars(device: torch.device, tensors: Mapping[str, Tensor | None]) ->
     for name, tensor in tensors.items():
         if tensor is not None and (tensor.numel() != 1 or tensor.device != device):
             raise ValueError(f"{name} must be a 0-d tensor on {device}, got {tuple(tensor.shape)} on {tensor.device}")
+
+
+def check_histogram(histogram: Tensor | None, window: Tensor | None) -> None:
+    """Both or none, as `StreamingThreshold` hands them out."""
+    if (histogram is None) != (window is None):
+        raise ValueError("histogram and window are given together or not at all")
+    for name, tensor, size in (("histogram", histogram, BINS), ("window", window, 2)):
+        if tensor is not None and not (
+            tensor.shape == (size,) and tensor.dtype == torch.int64 and tensor.is_contiguous()
+        ):
+            raise ValueError(f"{name} must be int64 [{size}] and contiguous, got {tensor.dtype} {tuple(tensor.shape)}")
 
 
 def check_numel(importance: Tensor, numel: int | None) -> int:

@@ -148,7 +148,7 @@ def phases(
 @pytest.mark.parametrize(
     "density",
     [
-        pytest.param(0.2, id="number", marks=pytest.mark.xfail(reason="torch.compile cannot trace mask_size")),
+        pytest.param(0.2, id="number"),
         pytest.param(torch.tensor(0.2), id="tensor"),
     ],
 )

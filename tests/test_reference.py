@@ -213,3 +213,9 @@ def test_backend_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KIF_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="nonsense"):
         kk.backend_name("cpu")
+
+
+@given(st.integers(0, 1000), st.integers(1, 10**9))
+@settings(max_examples=300, deadline=None)
+def test_mask_size_is_exact_for_decimal_densities(thousandths: int, n: int) -> None:
+    assert kk.mask_size(thousandths / 1000, n) == max(1, -(-thousandths * n // 1000))

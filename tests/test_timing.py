@@ -45,6 +45,7 @@ def test_cuda_events_are_read_when_done_and_never_pile_up(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     monkeypatch.setattr(timing, "MAX_PENDING", 5)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     watch, device = timing.Stopwatch(), torch.device("cuda:1")
 
     def spend(count: int) -> None:

@@ -283,7 +283,6 @@ def test_strided_tensors_take_the_definition(device: torch.device, strided: str)
             assert_same(actual._base.reshape(-1), expected._base.reshape(-1), "what lies between")
 
 
-@pytest.mark.xfail(reason="the kernel takes threshold vectors and kept as contiguous")
 @pytest.mark.parametrize("strided", ["thresholds", "kept"])
 def test_columns_of_a_table_of_rounds(device: torch.device, strided: str) -> None:
     """The kernel must not take the memory of a column for a row."""
