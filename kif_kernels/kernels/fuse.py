@@ -15,6 +15,12 @@ from kif_kernels.segments import SEGMENT_CHUNK
 
 
 @triton.jit
+def ones_by_four(mask, BLOCK: tl.constexpr):
+    """Set elements among each four neighbours, which a thread holds: a quarter of the registers of a counter each."""
+    return tl.sum(tl.reshape(mask.to(tl.int32), [BLOCK // 4, 4]), 1)
+
+
+@triton.jit
 def fuse_block(
     theta_ptr,
     start_ptr,
@@ -98,9 +104,9 @@ def fuse_kernel(
     BLOCK: tl.constexpr,
 ):
     """Grid: programs over all elements, or one for each chunk of a segment."""
-    kept_in = tl.zeros([BLOCK], dtype=tl.int32)
-    kept_out = tl.zeros([BLOCK], dtype=tl.int32)
-    kept_both = tl.zeros([BLOCK], dtype=tl.int32)
+    kept_in = tl.zeros([BLOCK // 4], dtype=tl.int32)
+    kept_out = tl.zeros([BLOCK // 4], dtype=tl.int32)
+    kept_both = tl.zeros([BLOCK // 4], dtype=tl.int32)
     if chunks_ptr is not None:
         chunk_ptr = chunks_ptr + tl.program_id(0) * 3
         group = tl.load(chunk_ptr)
@@ -117,9 +123,9 @@ def fuse_kernel(
                 threshold_out, both_in, both_out, inner_only_in, inner_only_out, outer_only_in, outer_only_out,
                 neither_in, neither_out, STRICT, WRITE_START,
             )  # fmt: skip
-            kept_in += m_in.to(tl.int32)
-            kept_out += m_out.to(tl.int32)
-            kept_both += (m_in & m_out).to(tl.int32)
+            kept_in += ones_by_four(m_in, BLOCK)
+            kept_out += ones_by_four(m_out, BLOCK)
+            kept_both += ones_by_four(m_in & m_out, BLOCK)
     else:
         threshold_in = tl.load(threshold_in_ptr)
         threshold_out = tl.load(threshold_out_ptr)
@@ -131,9 +137,9 @@ def fuse_kernel(
                 inner_only_in, inner_only_out, outer_only_in, outer_only_out, neither_in, neither_out, STRICT,
                 WRITE_START,
             )  # fmt: skip
-            kept_in += m_in.to(tl.int32)
-            kept_out += m_out.to(tl.int32)
-            kept_both += (m_in & m_out).to(tl.int32)
+            kept_in += ones_by_four(m_in, BLOCK)
+            kept_out += ones_by_four(m_out, BLOCK)
+            kept_both += ones_by_four(m_in & m_out, BLOCK)
     if kept_ptr is not None:
         all_in = tl.sum(kept_in.to(tl.int64), 0)
         all_out = tl.sum(kept_out.to(tl.int64), 0)
