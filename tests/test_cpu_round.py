@@ -70,7 +70,8 @@ def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
     assert "released" in capsys.readouterr().out
     monkeypatch.setitem(cpu_round.GOALS, "per-tensor", 1e9)
     assert cpu_round.main([*command, "--check"]) == 1
-    assert "below its goal: per-tensor" in capsys.readouterr().out
+    assert "below 1 of its goal: per-tensor" in capsys.readouterr().out
+    assert cpu_round.main([*command, "--check", "1e-12"]) == 0
     # with AdamW in the round there is no goal
     assert cpu_round.main([*command, "--check", "--with-adamw"]) == 0
 
