@@ -35,15 +35,15 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @every_kind
 @given(
-    SIZES, SEEDS, st.integers(-30, 21), st.sampled_from([None, float("nan"), float("inf")]),
+    SIZES, SEEDS, st.sampled_from([-30, -20, 0, 18, 19, 20]), st.sampled_from([None, float("nan"), float("inf")]),
     st.sampled_from([0.0, 0.5, 1e18]), st.sampled_from([None, 2.0**-14, 1e30]),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
 def test_gradient_state(
     kinds: Kinds, n: int, seed: int, octave: int, bad: float | None, max_norm: float, inv_scale: float | None
 ) -> None:
-    # squares and sums of them from underflow to overflow
-    grad = (torch.randn(n, generator=torch.Generator().manual_seed(seed)) * 10.0**octave).to(kinds.value)
+    # squares that underflow, whose sum overflows, that overflow
+    grad = ((0.5 + torch.rand(n, generator=torch.Generator().manual_seed(seed))) * 10.0**octave).to(kinds.value)
     if bad is not None:
         grad[seed % n] = bad
     inverse = None if inv_scale is None else torch.tensor(inv_scale)

@@ -45,7 +45,7 @@ def test_run_folder_and_matrix(
         assert results["bwt"] == pytest.approx((a[0][2] - a[0][0] + a[1][2] - a[1][1]) / 2)
     assert results["op"] == pytest.approx(sum(row[2] for row in results["accuracy"]) / 3)
     assert sum(results["steps"].values()) == 30
-    assert results["steps"]["outer"] == (6 if method == "recurrent-kif" else 0)
+    assert results["steps"]["outer"] == {"recurrent-kif": 6, "vr-mcl": 4}.get(method, 0)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert sum(record.get("event") == "score" for record in records) == (3 if method == "mtl" else 6)
     assert json.loads((run / "environment.json").read_text())["seed"] == 0
