@@ -1,8 +1,7 @@
 """The operations on CPU tensors: plain PyTorch, chunk by chunk so that intermediate values stay in the cache.
 
-Equal bits as from `kif_kernels.reference`, since the same operations run in the same order; AdamW and the norm of the
-gradient are rounded otherwise. Tensors that are not contiguous or not float32 go to the reference. Thresholds are in
-`kif_kernels.selection`.
+Equal bits as from `kif_kernels.reference`, since the same operations run in the same order. Tensors that are not
+contiguous or not float32 go to the reference. Thresholds are in `kif_kernels.selection`.
 """
 
 from __future__ import annotations
@@ -121,8 +120,11 @@ def adamw_importance_(
             grad_scale, inv_scale, None,
         )  # fmt: skip
     else:
-        count = torch.tensor(step, dtype=torch.float32) if step_tensor is None else step_tensor.float().clamp(min=1.0)
-        rate = lr if lr_tensor is None else float(lr_tensor)
+        # python and tensor scalars meet as in the reference, so that they round as there
+        count = step if step_tensor is None else step_tensor.clamp(min=1.0)
+        rate = lr if lr_tensor is None else lr_tensor
+        bias1, bias2 = 1.0 - beta1**count, 1.0 - beta2**count
+        shrink, step_size, root = float(1.0 - rate * weight_decay), float(rate / bias1), float(bias2**0.5)
         inv = 1.0 if inv_scale is None else float(inv_scale)
         clip = 1.0 if grad_scale is None else float(grad_scale)
         state = (weight, grad, exp_avg, exp_avg_sq, importance, uncertainty, *copies)
@@ -136,16 +138,17 @@ def adamw_importance_(
                 _ema_(i, u, _score(w, c, s), decay, uncertainty_decay, reset)
             if clip != 1.0:
                 c = torch.mul(c, clip, out=scaled)
-            # PyTorch's own kernel: one pass in place of nine
-            torch._fused_adamw_(
-                [w], [c], [m], [v], [], [count], lr=rate, beta1=beta1, beta2=beta2, weight_decay=weight_decay,
-                eps=eps, amsgrad=False, maximize=False,
-            )  # fmt: skip
+            m.lerp_(c, 1.0 - beta1)
+            v.lerp_(torch.mul(c, c, out=s), 1.0 - beta2)
+            torch.sqrt(v, out=s).div_(root).add_(eps)
+            torch.div(m, s, out=s).mul_(step_size)
+            (w if shrink == 1.0 else w.mul_(shrink)).sub_(s)
             if i is not None and after_update:
                 _ema_(i, u, _score(w, c, s), decay, uncertainty_decay, reset)
-            for copy in (after, low):
-                if copy is not None:
-                    copy.copy_(w)
+            if after is not None:
+                after.copy_(w)
+            if low is not None:
+                low.copy_(w)
             if zero_grad:
                 g.zero_()
     if importance is not None and histogram is not None and window is not None:
@@ -153,11 +156,25 @@ def adamw_importance_(
 
 
 def fuse_(
-    theta: Tensor, theta_start: Tensor, theta_inner: Tensor, importance_in: Tensor, importance_out: Tensor,
-    uncertainty_in: Tensor | None, uncertainty_out: Tensor | None, threshold_in: Tensor, threshold_out: Tensor,
-    weights: Sequence[float], strict: bool, write_start: bool, shadow: Tensor | None, kept: Tensor | None,
-    numel: int, starts: Sequence[int], numels: Sequence[int], chunks: Tensor | None,
-) -> None:  # fmt: skip
+    theta: Tensor,
+    theta_start: Tensor,
+    theta_inner: Tensor,
+    importance_in: Tensor,
+    importance_out: Tensor,
+    uncertainty_in: Tensor | None,
+    uncertainty_out: Tensor | None,
+    threshold_in: Tensor,
+    threshold_out: Tensor,
+    weights: Sequence[float],
+    strict: bool,
+    write_start: bool,
+    shadow: Tensor | None,
+    kept: Tensor | None,
+    numel: int,
+    starts: Sequence[int],
+    numels: Sequence[int],
+    chunks: Tensor | None,
+) -> None:
     """Masked fusion; as in the reference."""
     if not _fast(theta, theta_start, theta_inner) or not _contiguous(
         importance_in, importance_out, uncertainty_in, uncertainty_out, shadow
