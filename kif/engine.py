@@ -150,7 +150,7 @@ class RecurrentKIF:
         arena = self.arena
         with self.stopwatch.section("threshold", arena.device):
             threshold_in, threshold_out = self._thresholds()
-        uncertain = self.config.score == "ema_uncertainty"
+        uncertainty_in, uncertainty_out = self._uncertainties() or (None, None)
         with self.stopwatch.section("fusion", arena.device):
             kif_kernels.fuse_(
                 arena.data,
@@ -162,8 +162,8 @@ class RecurrentKIF:
                 threshold_out,
                 kif_kernels.FUSION_TABLES[self.config.fusion],
                 strict=self.config.mask == "above",
-                uncertainty_in=arena.buffer("uncertainty_in") if uncertain else None,
-                uncertainty_out=arena.buffer("uncertainty_out") if uncertain else None,
+                uncertainty_in=uncertainty_in,
+                uncertainty_out=uncertainty_out,
                 # weights may be changed between rounds, so the next round keeps its own theta_start
                 write_start=False,
                 kept=self.kept,
@@ -217,8 +217,7 @@ class RecurrentKIF:
 
     def _scoring(self, side: str, decay: float, *, reset: bool, count: bool) -> Scoring:
         arena, config = self.arena, self.config
-        if self._selection.thresholds.device != arena.device:
-            self._selection, count = self._new_selection(), False
+        selection = self._selection_here()
         index = 0 if side == "in" else 1
         count = count and config.threshold != "interpolated"
         self._counted[side] = count
@@ -230,8 +229,8 @@ class RecurrentKIF:
             of_gradient=config.importance_of == "gradient",
             uncertainty=arena.buffer(f"uncertainty_{side}") if config.score == "ema_uncertainty" else None,
             uncertainty_decay=config.uncertainty_decay,
-            histogram=self._selection.histogram(index) if count else None,
-            window=self._selection.window(index) if count else None,
+            histogram=selection.histogram(index) if count else None,
+            window=selection.window(index) if count else None,
         )
 
     def _keep_theta_inner(self) -> None:
@@ -243,12 +242,10 @@ class RecurrentKIF:
 
     def _thresholds(self) -> tuple[Tensor, Tensor]:
         """Of the inner and the outer scores: 0-d, or one for each tensor."""
-        scores = (self.arena.buffer("importance_in"), self.arena.buffer("importance_out"))
-        factors: tuple[Tensor, ...] = ()
-        if self.config.score == "ema_uncertainty":
-            factors = (self.arena.buffer("uncertainty_in"), self.arena.buffer("uncertainty_out"))
         if self.config.threshold != "interpolated":
-            found = self._selection.select(scores, factors, counted=all(self._counted.values()))
+            selection = self._selection_here()
+            scores = (self.arena.buffer("importance_in"), self.arena.buffer("importance_out"))
+            found = selection.select(scores, self._uncertainties() or (), counted=all(self._counted.values()))
             return (found[0], found[1]) if self._segments else (found[0, 0], found[1, 0])
         inner, outer = self._scores()
         return self._quantile(inner), self._quantile(outer)
@@ -256,9 +253,13 @@ class RecurrentKIF:
     def _scores(self) -> tuple[Tensor, Tensor]:
         """What is compared: importance, or importance * uncertainty."""
         inner, outer = self.arena.buffer("importance_in"), self.arena.buffer("importance_out")
+        factors = self._uncertainties()
+        return (inner * factors[0], outer * factors[1]) if factors else (inner, outer)
+
+    def _uncertainties(self) -> tuple[Tensor, Tensor] | None:
         if self.config.score == "ema":
-            return inner, outer
-        return inner * self.arena.buffer("uncertainty_in"), outer * self.arena.buffer("uncertainty_out")
+            return None
+        return self.arena.buffer("uncertainty_in"), self.arena.buffer("uncertainty_out")
 
     def _quantile(self, scores: Tensor) -> Tensor:
         density = self.config.density
@@ -266,6 +267,13 @@ class RecurrentKIF:
             return kif_kernels.importance_quantile(scores, density, numel=self.arena.numel)
         parts = [scores[s.start : s.start + s.numel] for s in self.arena.segments]
         return torch.stack([kif_kernels.importance_quantile(part, density) for part in parts])
+
+    def _selection_here(self) -> kif_kernels.StreamingThreshold:
+        """The selection on the arena's device; where the arena has moved, a new one, for which nothing is counted."""
+        if self._selection.thresholds.device != self.arena.device:
+            self._selection = self._new_selection()
+            self._counted = {"in": False, "out": False}
+        return self._selection
 
     def _new_selection(self) -> kif_kernels.StreamingThreshold:
         return kif_kernels.StreamingThreshold(

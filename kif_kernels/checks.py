@@ -21,12 +21,8 @@ def mask_size(density: float, n: int) -> int:
     A product that lies above a whole number by rounding only counts as that number: 0.1 of 30 is 3 and not 4.
     Raises: ValueError for a density outside [0, 1].
     """
-    check_density(density)
-    return max(1, math.ceil(density * n * (1.0 - 2.0**-52)))
-
-
-def check_density(density: float) -> None:
     check_unit("density", density)
+    return max(1, math.ceil(density * n * (1.0 - 2.0**-52)))
 
 
 def check_unit(name: str, value: float) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kif_kernels.backend import backend_name
-from kif_kernels.checks import check_density, check_scores, mask_size
+from kif_kernels.checks import check_scores, mask_size
 from kif_kernels.layout import APPROXIMATE_LIMIT, BINS, LEVELS, ROW, WHOLE_SHIFT
 from kif_kernels.segments import Segments
 
@@ -76,7 +76,6 @@ class StreamingThreshold:
             k = (density.to(torch.float64) * n * (1.0 - torch.finfo(density.dtype).eps)).ceil()
             self._ranks.copy_(torch.minimum(k.clamp(min=1.0), n))
         else:
-            check_density(density)
             _fill(self._ranks, [mask_size(density, n) for n in self._numels])
 
     def set_rank(self, k: int) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import kif_kernels
 from kif.arena import ParameterArena
 from kif.config import KIFConfig
 from kif.engine import RecurrentKIF
@@ -263,6 +264,25 @@ def test_weights_may_change_between_rounds() -> None:
     before = kif.arena.data.clone()
     run_round(kif, parameters, 3, 2, 1)
     assert (kif.arena.data != before).sum().item() <= 2
+
+
+@pytest.mark.parametrize("after", ["inner", "outer"])
+def test_an_arena_that_moves_in_a_round_gets_a_new_selection(after: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = []
+    for moves in (False, True):
+        kif, parameters = engine(KIFConfig(inner_steps=1, outer_steps=2))
+        with monkeypatch.context() as plain:
+            plain.delenv("KIF_BACKEND", raising=False)
+            elsewhere = kif_kernels.StreamingThreshold(0.2, kif.arena.numel, sides=2, device="meta")
+        for step, take in enumerate([kif.inner_step, kif.outer_step, kif.outer_step]):
+            feed(parameters, gradients(step))
+            take(LR)
+            if moves and step == (0 if after == "inner" else 2):
+                kif._selection = elsewhere
+        kif.fuse()
+        assert kif._selection is not elsewhere
+        ends.append(kif.arena.data.clone())
+    assert torch.equal(ends[0], ends[1])
 
 
 def test_a_non_finite_gradient_skips_the_whole_step() -> None:
