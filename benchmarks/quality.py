@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kif.config import KIFConfig, RunConfig
+from kif.config import EWCConfig, KIFConfig, RunConfig, VRMCLConfig
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "SeqLoRA": {"method": "seqlora"},
@@ -35,14 +35,50 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """The rows of the quality table."""
 
+_M4 = {"outer_steps": 4}
+
+TABLES: dict[str, dict[str, dict[str, Any]]] = {
+    "quality": VARIANTS,
+    "table1": {
+        "SeqLoRA": {"method": "seqlora"},
+        "IncLoRA": {"method": "inclora"},
+        "LoRAReplay": {"method": "lora-replay"},
+        "EWC": {"method": "ewc"},
+        "O-LoRA": {"method": "olora"},
+        "TaSL": {"method": "tasl"},
+        "MIGU": {"method": "migu"},
+        "VR-MCL": {"method": "vr-mcl"},
+        "Recurrent-KIF": {"kif": KIFConfig(**_M4)},
+        "MTL": {"method": "mtl"},
+    },
+    "table2": {
+        "Recurrent-KIF": {"kif": KIFConfig(**_M4)},
+        "- DIE": {"kif": KIFConfig.preset("no-die", **_M4)},
+        "- KI": {"kif": KIFConfig.preset("no-ki", **_M4)},
+        "+ GM": {"kif": KIFConfig.preset("gm", **_M4)},
+        "+ Adaptive": {"kif": KIFConfig.preset("adaptive", **_M4)},
+        "- Share": {"kif": KIFConfig.preset("no-share", **_M4)},
+    },
+    "table10": {
+        "Recurrent-KIF": {"kif": KIFConfig(**_M4)},
+        "importance by |gradient|": {"kif": KIFConfig.preset("gradient-importance", **_M4)},
+        "no EMA": {"kif": KIFConfig.preset("no-ema", **_M4)},
+    },
+}
+"""Tables by name: the README's, and those of the paper."""
+
 PROBES: dict[str, dict[str, Any]] = {
     "M=4, density 50%": {"kif": KIFConfig(outer_steps=4, density=0.5)},
     "M=4, threshold per tensor": {"kif": KIFConfig(outer_steps=4, threshold_scope="tensor")},
     "M=4, shared optimizer": {"kif": KIFConfig(outer_steps=4, outer_optimizer="shared")},
     "M=4, Q=4": {"kif": KIFConfig(inner_steps=4, outer_steps=4)},
     "M=4, released weights": {"kif": KIFConfig(outer_steps=4, fusion="released-code")},
+    "EWC strength 1e5": {"method": "ewc", "ewc": EWCConfig(strength=1e5)},
+    "VR-MCL 0.1/1": {"method": "vr-mcl", "vrmcl": VRMCLConfig(inner_lr=0.1, outer_lr=1.0)},
+    "VR-MCL 0.3/3": {"method": "vr-mcl", "vrmcl": VRMCLConfig(inner_lr=0.3, outer_lr=3.0)},
+    "VR-MCL 1/10": {"method": "vr-mcl", "vrmcl": VRMCLConfig(inner_lr=1.0, outer_lr=10.0)},
 }
-"""Single switches of Recurrent-KIF changed, to find out what an effect comes from. Not run by default."""
+"""Hyperparameters changed, to choose one or to find out what an effect comes from. Not run by default."""
 
 
 def run_cell(config: RunConfig) -> dict[str, Any]:
@@ -111,7 +147,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of the single runs")
     parser.add_argument("--orders", nargs="+", default=["1", "3"], help="names of task orders")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=[*VARIANTS, *PROBES])
+    parser.add_argument("--table", choices=list(TABLES), default="quality", help="which rows")
+    parser.add_argument("--variants", nargs="+", help="some rows of the table, or probes; default: the whole table")
     parser.add_argument("--steps", type=int, default=144, help="optimizer steps a task, inner and outer together")
     parser.add_argument("--rows", type=int, default=150, help="rows scored for each task")
     parser.add_argument("--split", default="test", choices=["test", "heldout"])
@@ -119,6 +156,11 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
+    known = {**PROBES, **TABLES[args.table]}
+    args.variants = args.variants or list(TABLES[args.table])
+    for variant in args.variants:
+        if variant not in known:
+            parser.error(f"no row {variant!r} in {args.table}; there are {', '.join(known)}")
 
     cells: dict[tuple[str, str, int], RunConfig] = {}
     for seed, order, variant in itertools.product(args.seeds, args.orders, args.variants):
@@ -139,7 +181,7 @@ def main() -> None:
             warmup_steps=10,
             eval_batch_size=16,
         )
-        cells[variant, order, seed] = replace(config, **{**VARIANTS, **PROBES}[variant])
+        cells[variant, order, seed] = replace(config, **known[variant])
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     finished: dict[tuple[str, str, int], dict[str, Any]] = {}

@@ -54,8 +54,9 @@ class DecoderModel(GenerativeModel):
         ]
 
     def collate(self, rows: Sequence[Encoded]) -> Batch:
-        ids = [(*row.input_ids, *row.target) for row in rows]
-        labels = [(*[IGNORE] * len(row.input_ids), *row.target) for row in rows]
+        prompts = [self._prompt(row) for row in rows]
+        ids = [(*prompt, *row.target) for prompt, row in zip(prompts, rows, strict=True)]
+        labels = [(*[IGNORE] * len(prompt), *row.target) for prompt, row in zip(prompts, rows, strict=True)]
         return {
             "input_ids": pad(ids, self.tokenizer.pad_token_id),
             "attention_mask": pad([(1,) * len(row) for row in ids], 0),
@@ -67,12 +68,15 @@ class DecoderModel(GenerativeModel):
         labels = batch["labels"][:, 1:]
         columns = (labels != IGNORE).any(0).nonzero().squeeze(1)
         inputs = self._to_device({name: batch[name] for name in ("input_ids", "attention_mask")})
+        prompt = self._to_device({"mask": batch["attention_mask"] * (batch["labels"] == IGNORE)})
+        self._announce(inputs["input_ids"], prompt["mask"])
         keep = columns.to(self.device, non_blocking=True)
         logits = self._logits_at(keep, **inputs, use_cache=False)[0]
         return summed_cross_entropy(logits, labels[:, columns])
 
     def _generate(self, rows: Sequence[Encoded], max_new_tokens: int) -> list[str]:
         inputs = self._to_device(self._padded_inputs(rows, "left"))
+        self._announce(**inputs)
         sequences = self.model.generate(**inputs, generation_config=self._greedy(max_new_tokens))
         answers = sequences[:, inputs["input_ids"].size(1) :]
         texts: list[str] = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
@@ -82,6 +86,7 @@ class DecoderModel(GenerativeModel):
         """The prompts run once; their keys and values are repeated for a group of labels at a time."""
         prompts = self._to_device(self._padded_inputs(rows, "left"))
         mask = prompts["attention_mask"]
+        self._announce(**prompts)
         last = torch.tensor([mask.size(1) - 1], device=self.device)
         first, prompt_cache = self._logits_at(last, **prompts, **self._positions(mask, mask.size(1)), use_cache=True)
         labels = pad(candidates, IGNORE).to(self.device)

@@ -80,6 +80,7 @@ class EncoderModel(LanguageModel):
     def _scores(self, inputs: Batch) -> Tensor:
         """Class scores, shape (rows, classes); minus infinity for classes that are not allowed."""
         allowed = inputs.pop("allowed", None)
+        self._announce(**inputs)
         if self.label_embeddings is None:
             scores: Tensor = self.model(**inputs).logits.float()
         else:
@@ -89,7 +90,7 @@ class EncoderModel(LanguageModel):
     def _pooled(self, inputs: Batch) -> Tensor:
         """Mean of the last hidden states over the attention mask, at length 1, in fp32."""
         states = self.model(**inputs).last_hidden_state.float()
-        mask = inputs["attention_mask"].unsqueeze(-1).float()
+        mask = (inputs["attention_mask"] * (inputs["input_ids"] >= 0)).unsqueeze(-1).float()
         return F.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -21,6 +21,7 @@ from kif.tasks import Example, Task
 
 Family = Literal["encoder-decoder", "decoder", "encoder"]
 Batch = dict[str, Tensor]
+Listener = Callable[[Tensor, Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,12 @@ class LanguageModel(ABC):
     Class attributes:
         family: kind of model.
         unused: fields of RunConfig that have no effect on it.
+
+    Attributes:
+        listeners: called with (token ids, attention mask) of a batch's prompts, on the device and padded, before the
+            batch runs; later calls of the model for the same batch may repeat each row for several candidate labels.
+        virtual_before, virtual_after: virtual tokens in front of and behind every prompt, with the ids -1, -2, ... in
+            that order; who sets them also replaces their embeddings (`kif.methods.prompts`).
     """
 
     family: ClassVar[Family]
@@ -65,6 +72,8 @@ class LanguageModel(ABC):
     def __init__(self, model: Any, tokenizer: Any, *, max_length: int, max_target_length: int) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.max_length, self.max_target_length = max_length, max_target_length
+        self.listeners: list[Listener] = []
+        self.virtual_before = self.virtual_after = 0
 
     @property
     def device(self) -> torch.device:
@@ -184,11 +193,20 @@ class LanguageModel(ABC):
 
     def _padded_inputs(self, rows: Sequence[Encoded], side: Literal["left", "right"]) -> Batch:
         """input_ids and attention_mask; the mask goes by length, since padding may share its id with EOS."""
-        inputs = [row.input_ids for row in rows]
+        inputs = [self._prompt(row) for row in rows]
         return {
             "input_ids": pad(inputs, self.tokenizer.pad_token_id, side),
             "attention_mask": pad([(1,) * len(ids) for ids in inputs], 0, side),
         }
+
+    def _prompt(self, row: Encoded) -> tuple[int, ...]:
+        """The row's prompt with the virtual tokens."""
+        before, after = self.virtual_before, self.virtual_after
+        return (*range(-1, -1 - before, -1), *row.input_ids, *range(-1 - before, -1 - before - after, -1))
+
+    def _announce(self, input_ids: Tensor, attention_mask: Tensor) -> None:
+        for listener in self.listeners:
+            listener(input_ids, attention_mask)
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}

@@ -131,7 +131,7 @@ def backward(lm: LanguageModel, method: Method, rows: Sequence[Encoded], accumul
     count = lm.label_count(rows)
     total = torch.zeros((), device=lm.device)
     for part in micro:
-        loss, _ = method.loss(lm.collate(part))
+        loss, _ = method.loss(part)
         loss = loss / count
         loss.backward()
         total += loss.detach()

@@ -75,8 +75,10 @@ def train(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
     check_unused(output)
     tasks = prepare_tasks(config)
     torch.manual_seed(config.seed)
-    lm = load_language_model(config, {task.name: task.labels for task in tasks})
-    method = METHODS[config.method](lm, config)
+    method_type = METHODS[config.method]
+    adapter = method_type.adapter_config(config, len(tasks))
+    lm = load_language_model(adapter, {task.name: task.labels for task in tasks})
+    method = method_type(lm, config)
     warn_unused(config, method)
     cache = TokenCache(cache_folder(config.cache_dir))
     encoded = {task.name: cache.encode(lm, task, task.train) for task in tasks}
@@ -216,6 +218,7 @@ def evaluate_run(
         adapter = checkpoint_folder(run, checkpoint - 1, tasks[checkpoint - 1].name)
     folder = adapter or run / "adapter"
     lm = load_language_model(config, {task.name: task.labels for task in tasks}, adapter=folder)
+    METHODS[config.method].attach(lm, config, folder)
     cache = TokenCache(cache_folder(config.cache_dir))
     start = time.perf_counter()
     scores = []

@@ -26,12 +26,14 @@ class EncoderDecoderModel(GenerativeModel):
 
     def loss(self, batch: Batch) -> tuple[Tensor, int]:
         inputs = self._to_device(batch)
+        self._announce(inputs["input_ids"], inputs["attention_mask"])
         decoder_input_ids = self.base.prepare_decoder_input_ids_from_labels(labels=inputs.pop("labels"))
         logits = self.model(**inputs, decoder_input_ids=decoder_input_ids, use_cache=False).logits
         return summed_cross_entropy(logits, batch["labels"])
 
     def _generate(self, rows: Sequence[Encoded], max_new_tokens: int) -> list[str]:
         inputs = self._to_device(self._padded_inputs(rows, "right"))
+        self._announce(**inputs)
         settings = self._greedy(max_new_tokens)
         settings.decoder_start_token_id = self.base.generation_config.decoder_start_token_id
         sequences = self.model.generate(**inputs, generation_config=settings)
@@ -42,6 +44,7 @@ class EncoderDecoderModel(GenerativeModel):
         from transformers.modeling_outputs import BaseModelOutput
 
         inputs = self._to_device(self._padded_inputs(rows, "right"))
+        self._announce(**inputs)
         states = self.base.get_encoder()(**inputs).last_hidden_state
         labels = pad(candidates, IGNORE).to(self.device)
         per_label = len(rows) * labels.size(1) * self.base.config.vocab_size + states.numel()

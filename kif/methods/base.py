@@ -12,10 +12,13 @@ from torch import Tensor
 
 from kif.arena import ParameterArena
 from kif.config import SECTIONS, RunConfig
-from kif.families import Batch, Encoded, LanguageModel
+from kif.families import Encoded, LanguageModel
 from kif.optimizer import ArenaAdamW, OptimizerConfig, Scoring
 from kif.tasks import Task
 from kif.timing import Stopwatch
+
+METHOD_FILE = "kif_method.safetensors"
+"""In an adapter folder, what a method learned besides LoRA."""
 
 
 class Method(ABC):
@@ -42,6 +45,15 @@ class Method(ABC):
     source: ClassVar[str]
     section: ClassVar[str | None] = None
     unused: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def adapter_config(cls, config: RunConfig, tasks: int) -> RunConfig:
+        """The configuration by which the adapter for a sequence of so many tasks is made."""
+        return config
+
+    @classmethod  # noqa: B027
+    def attach(cls, lm: LanguageModel, config: RunConfig, folder: Path) -> None:
+        """Give a model that was loaded from a saved adapter what `save_adapter` wrote besides LoRA."""
 
     def __init__(self, lm: LanguageModel, config: RunConfig) -> None:
         self.lm, self.config = lm, config
@@ -89,12 +101,12 @@ class Method(ABC):
         """The rows that inner steps draw from, given the phase's own rows and the memory."""
         return list(rows)
 
-    def loss(self, batch: Batch) -> tuple[Tensor, int]:
+    def loss(self, rows: Sequence[Encoded]) -> tuple[Tensor, int]:
         """(sum of the loss, number it is a sum over) of a micro-batch of new or memory rows.
 
         The loop divides by the number of the whole step, so a penalty on the parameters is added times the number.
         """
-        return self.lm.loss(batch)
+        return self.lm.loss(self.lm.collate(rows))
 
     @abstractmethod
     def inner_step(self, lr: float) -> None:
@@ -111,7 +123,10 @@ class Method(ABC):
         """After the last round of phase `index`, before evaluation."""
 
     def save_adapter(self, folder: Path) -> None:
-        """Write what was learned so far as a plain PEFT folder (adapter_model.safetensors, adapter_config.json)."""
+        """Write what was learned so far as a PEFT folder (adapter_model.safetensors, adapter_config.json).
+
+        What PEFT has no place for goes into `METHOD_FILE` beside it, where `attach` finds it.
+        """
         self.lm.model.save_pretrained(str(folder), safe_serialization=True)
 
     @abstractmethod

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kif.families import Batch
+from kif.families import Encoded
 from kif.methods.inclora import IncLoRA
 
 
@@ -22,8 +23,8 @@ class OLoRA(IncLoRA):
     source = "Wang et al. 2023; baseline of section 4"
     section = "olora"
 
-    def loss(self, batch: Batch) -> tuple[Tensor, int]:
-        loss, count = self.lm.loss(batch)
+    def loss(self, rows: Sequence[Encoded]) -> tuple[Tensor, int]:
+        loss, count = super().loss(rows)
         if self.old:
             loss = loss + count * self.penalty()
         return loss, count

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from kif.config import RunConfig
-from kif.families import Batch, Encoded, LanguageModel
+from kif.families import Encoded, LanguageModel
 from kif.methods.base import Method
 from kif_kernels import gradient_state_
+
+Rows = Sequence[Encoded]
 
 
 class VRMCL(Method):
@@ -37,8 +39,8 @@ class VRMCL(Method):
         super().__init__(lm, config)
         self._has_memory = False
         self._inner_done = 0
-        self._seen: list[Batch] = []
-        self._new_batches: list[Batch] = []
+        self._seen: list[Rows] = []
+        self._new_rows: list[Rows] = []
         device = self.arena.device
         self._scale = torch.ones((), dtype=torch.float32, device=device)
         self._skip = torch.zeros((), dtype=torch.bool, device=device)
@@ -66,9 +68,9 @@ class VRMCL(Method):
         self.arena.buffers.pop("last_point", None)
         self.arena.buffer("meta_gradient").zero_()
 
-    def loss(self, batch: Batch) -> tuple[Tensor, int]:
-        self._seen.append(batch)
-        return self.lm.loss(batch)
+    def loss(self, rows: Rows) -> tuple[Tensor, int]:
+        self._seen.append(rows)
+        return super().loss(rows)
 
     def inner_step(self, lr: float) -> None:
         arena = self.arena
@@ -81,17 +83,17 @@ class VRMCL(Method):
             arena.buffer("inner_gradients").add_(gradient)
             arena.data.addcmul_(arena.buffer("inner_rates"), gradient, value=-1.0)
             arena.zero_grad()
-        self._new_batches, self._seen = self._seen, []
+        self._new_rows, self._seen = self._seen, []
         self._inner_done += 1
 
     def outer_step(self, lr: float) -> None:
-        batches = [self._new_batches, self._seen]
+        steps = [self._new_rows, self._seen]
         memory_gradient = self._clipped().clone()
-        self._meta_update(batches, 0.5 * (memory_gradient + self._gradient([self._new_batches])))
+        self._meta_update(steps, 0.5 * (memory_gradient + self._gradient([self._new_rows])))
 
     def end_round(self) -> None:
         if self._inner_done:
-            self._meta_update([self._new_batches], self._gradient([self._new_batches]))
+            self._meta_update([self._new_rows], self._gradient([self._new_rows]))
 
     def state_dict(self) -> dict[str, Any]:
         if self._inner_done:
@@ -109,13 +111,13 @@ class VRMCL(Method):
         self._steps.copy_(state["steps"])
         self._skipped.copy_(state["skipped"])
 
-    def _meta_update(self, batches: list[list[Batch]], here: Tensor) -> None:
+    def _meta_update(self, steps: list[list[Rows]], here: Tensor) -> None:
         arena, config = self.arena, self.config.vrmcl
         d = arena.buffer("meta_gradient")
         if "last_point" in arena.buffers and config.momentum > 0:
             point = arena.data.clone()
             arena.data.copy_(arena.buffer("last_point"))
-            d.sub_(self._gradient(batches)).mul_(config.momentum).add_(here)
+            d.sub_(self._gradient(steps)).mul_(config.momentum).add_(here)
             arena.data.copy_(point)
         else:
             d.copy_(here)
@@ -127,15 +129,15 @@ class VRMCL(Method):
         self._inner_done = 0
         self._seen = []
 
-    def _gradient(self, groups: list[list[Batch]]) -> Tensor:
-        """Mean over groups of the clipped gradient of a group's mean loss, at the present weights."""
+    def _gradient(self, steps: list[list[Rows]]) -> Tensor:
+        """Mean over steps of the clipped gradient of a step's mean loss, at the present weights."""
         total = torch.zeros_like(self.arena.grad)
-        for group in groups:
+        for step in steps:
             self.arena.zero_grad()
-            pairs = [self.lm.loss(batch) for batch in group]
+            pairs = [self.lm.loss(self.lm.collate(rows)) for rows in step]
             (sum((loss for loss, _ in pairs), torch.zeros(())) / sum(count for _, count in pairs)).backward()
             self.arena.check()
-            total.add_(self._clipped(), alpha=1.0 / len(groups))
+            total.add_(self._clipped(), alpha=1.0 / len(steps))
         self.arena.zero_grad()
         return total
 
