@@ -142,6 +142,42 @@ class OLoRAConfig:
 
 
 @dataclass
+class MoELoRAConfig:
+    """Mixture of LoRA experts.
+
+    Args:
+        experts: K, LoRA experts in each layer, each of rank `lora_r`. Default: the number of tasks.
+        balance: weight of the term that evens out how often experts are used.
+    """
+
+    experts: int | None = None
+    balance: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check("moelora", self, at_least_0=("balance",))
+        if self.experts is not None and self.experts < 1:
+            raise ValueError(f"moelora.experts must be positive, got {self.experts}")
+
+
+@dataclass
+class SAPTConfig:
+    """Shared attention over the tasks' LoRA pairs.
+
+    Args:
+        bottleneck: width of the network that turns an input into a query.
+        strength: weight of the divergence from the weights that old tasks' inputs had.
+        pseudo_rows: rows of each old task that a step compares.
+    """
+
+    bottleneck: int = 100
+    strength: float = 0.1
+    pseudo_rows: int = 8
+
+    def __post_init__(self) -> None:
+        _check("sapt", self, at_least_0=("strength",), positive=("bottleneck", "pseudo_rows"))
+
+
+@dataclass
 class TaSLConfig:
     """Task skill localization and consolidation.
 
@@ -279,6 +315,8 @@ class RunConfig:
         kif: switches of Recurrent-KIF.
         ewc: hyperparameters of EWC.
         olora: hyperparameters of O-LoRA.
+        moelora: hyperparameters of MoELoRA.
+        sapt: hyperparameters of SAPT.
         tasl: hyperparameters of TaSL.
         migu: hyperparameters of MIGU.
         vrmcl: hyperparameters of VR-MCL.
@@ -334,6 +372,8 @@ class RunConfig:
     kif: KIFConfig = field(default_factory=KIFConfig)
     ewc: EWCConfig = field(default_factory=EWCConfig)
     olora: OLoRAConfig = field(default_factory=OLoRAConfig)
+    moelora: MoELoRAConfig = field(default_factory=MoELoRAConfig)
+    sapt: SAPTConfig = field(default_factory=SAPTConfig)
     tasl: TaSLConfig = field(default_factory=TaSLConfig)
     migu: MIGUConfig = field(default_factory=MIGUConfig)
     vrmcl: VRMCLConfig = field(default_factory=VRMCLConfig)
@@ -365,6 +405,8 @@ SECTIONS: dict[str, type] = {
     "kif": KIFConfig,
     "ewc": EWCConfig,
     "olora": OLoRAConfig,
+    "moelora": MoELoRAConfig,
+    "sapt": SAPTConfig,
     "tasl": TaSLConfig,
     "migu": MIGUConfig,
     "vrmcl": VRMCLConfig,

@@ -107,6 +107,10 @@ class LanguageModel(ABC):
             for (ids, truncated), target in zip(prompts, targets, strict=True)
         ]
 
+    def prompts(self, rows: Sequence[Encoded]) -> Batch:
+        """input_ids and attention_mask of the rows' prompts on the device, padded on the right."""
+        return self._to_device(self._padded_inputs(rows, "right"))
+
     def label_count(self, rows: Sequence[Encoded]) -> int:
         """The number that `loss` is a sum over: label tokens (encoders: rows, whose target is one class)."""
         return sum(len(row.target) for row in rows)

@@ -7,14 +7,16 @@ from kif.methods.ewc import EWC
 from kif.methods.inclora import IncLoRA
 from kif.methods.lora_replay import LoRAReplay
 from kif.methods.migu import MIGU
+from kif.methods.moelora import MoELoRA
 from kif.methods.mtl import MTL
 from kif.methods.olora import OLoRA
 from kif.methods.recurrent_kif import RecurrentKIFMethod
+from kif.methods.sapt import SAPT
 from kif.methods.seqlora import SeqLoRA
 from kif.methods.tasl import TaSL
 from kif.methods.vrmcl import VRMCL
 
-_ALL = (RecurrentKIFMethod, SeqLoRA, IncLoRA, LoRAReplay, EWC, OLoRA, TaSL, MIGU, VRMCL, MTL)
+_ALL = (RecurrentKIFMethod, SeqLoRA, IncLoRA, LoRAReplay, EWC, OLoRA, MoELoRA, SAPT, TaSL, MIGU, VRMCL, MTL)
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 """Every method by its name on the command line."""
@@ -24,10 +26,12 @@ __all__ = [
     "METHODS",
     "MIGU",
     "MTL",
+    "SAPT",
     "VRMCL",
     "IncLoRA",
     "LoRAReplay",
     "Method",
+    "MoELoRA",
     "OLoRA",
     "RecurrentKIFMethod",
     "SeqLoRA",

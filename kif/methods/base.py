@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -181,3 +181,24 @@ def optimizer_config(config: RunConfig) -> OptimizerConfig:
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
     )
+
+
+def save_method_file(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write `METHOD_FILE`."""
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / METHOD_FILE)
+
+
+def load_method_file(folder: Path) -> dict[str, Tensor]:
+    """What `save_method_file` wrote. Raises: FileNotFoundError, or ValueError naming the file if it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / METHOD_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: the adapter was not saved by this method")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error

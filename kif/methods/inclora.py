@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kif.config import RunConfig
 from kif.families import Encoded, LanguageModel
 from kif.methods.base import SingleAdapterMethod
+from kif.methods.lora_layers import lora_layers
 
 
 class IncLoRA(SingleAdapterMethod):
@@ -25,13 +26,11 @@ class IncLoRA(SingleAdapterMethod):
     name = "inclora"
     summary = "a new LoRA adapter for each task; the old ones stay, frozen"
     source = "O-LoRA's repository without its penalty; baseline (2) of section 4"
-    unused = ("outer_lr", "outer_batch_size", "memory_fraction", "memory_balanced")
+    unused: ClassVar[tuple[str, ...]] = ("outer_lr", "outer_batch_size", "memory_fraction", "memory_balanced")
 
     def __init__(self, lm: LanguageModel, config: RunConfig) -> None:
         super().__init__(lm, config)
-        self.layers = {name: module for name, module in lm.model.named_modules() if _is_lora(module)}
-        if not self.layers:
-            raise ValueError(f"{self.name} needs linear layers with LoRA; this adapter has none")
+        self.layers = lora_layers(lm.model)
         self.old: dict[str, tuple[Tensor, Tensor]] = {}
         for name, module in self.layers.items():
             module.register_forward_hook(self._adder(name))
@@ -89,20 +88,19 @@ class IncLoRA(SingleAdapterMethod):
             a.copy_(fresh)
             b.zero_()
 
+    def _weigh_old(self, hidden: Tensor) -> Tensor:
+        """What the old B are applied to, of (rows, positions, old ranks)."""
+        return hidden
+
     def _adder(self, name: str) -> Any:
         def add(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if name not in self.old or module.disable_adapters:
                 return output
             a, b = self.old[name]
             x = inputs[0].to(a.dtype)
-            return output + ((x @ a.T) @ b.T * module.scaling["default"]).to(output.dtype)
+            return output + (self._weigh_old(x @ a.T) @ b.T * module.scaling["default"]).to(output.dtype)
 
         return add
-
-
-def _is_lora(module: nn.Module) -> bool:
-    pairs = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
-    return all(isinstance(part, nn.ModuleDict) and "default" in part for part in pairs)
 
 
 def _scale_rank(path: Path, factor: int) -> None:
