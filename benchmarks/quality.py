@@ -45,6 +45,8 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {
         "LoRAReplay": {"method": "lora-replay"},
         "EWC": {"method": "ewc"},
         "O-LoRA": {"method": "olora"},
+        "MoELoRA": {"method": "moelora"},
+        "SAPT": {"method": "sapt"},
         "TaSL": {"method": "tasl"},
         "MIGU": {"method": "migu"},
         "VR-MCL": {"method": "vr-mcl"},
@@ -152,7 +154,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=144, help="optimizer steps a task, inner and outer together")
     parser.add_argument("--rows", type=int, default=150, help="rows scored for each task")
     parser.add_argument("--split", default="test", choices=["test", "heldout"])
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=64, help="longest text in tokens")
+    parser.add_argument("--template", help="prompt, with {input}; default: the task folder's")
+    parser.add_argument("--max-new-tokens", type=int, default=16, help="longest generated answer")
+    parser.add_argument("--memory-fraction", type=float, default=0.02, help="share of a task's rows kept for replay")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
@@ -176,7 +182,11 @@ def main() -> None:
             steps_per_task=args.steps,
             limit_eval=args.rows,
             eval_split=args.split,
+            batch_size=args.batch_size,
+            template=args.template,
             max_length=args.max_length,
+            max_new_tokens=args.max_new_tokens,
+            memory_fraction=args.memory_fraction,
             lr=args.lr,
             warmup_steps=10,
             eval_batch_size=16,

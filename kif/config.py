@@ -278,6 +278,7 @@ class RunConfig:
         label_space: encoders only. `union`: classes of all tasks compete in training and evaluation, as the
             words of a language model do; `task`: only those of the row's own task.
 
+        template: prompt with the place {input} once and, if wanted, {instruction}. Default: that of the task folder.
         max_length: longest prompt in tokens; longer inputs are cut inside the text, not in the instruction.
         max_target_length: longest target in tokens.
         limit_train: use at most so many training rows of each task (a fixed random subset). Default: all.
@@ -339,6 +340,7 @@ class RunConfig:
     head: Literal["cosine", "linear"] = "cosine"
     label_space: Literal["union", "task"] = "union"
 
+    template: str | None = None
     max_length: int = 512
     max_target_length: int = 128
     limit_train: int | None = None
@@ -397,6 +399,8 @@ class RunConfig:
         for name in ("memory_fraction", "holdout"):
             if not 0.0 < getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+        if self.template is not None and self.template.count("{input}") != 1:
+            raise ValueError(f"template must hold {{input}} once, got {self.template!r}")
         if self.order is not None and self.tasks:
             raise ValueError("give either order or tasks, not both")
 

@@ -34,7 +34,7 @@ class EncoderModel(LanguageModel):
     """
 
     family = "encoder"
-    unused = ("max_target_length", "max_new_tokens", "eval_mode")
+    unused = ("template", "max_target_length", "max_new_tokens", "eval_mode")
 
     def __init__(
         self,

@@ -38,6 +38,8 @@ def prepare_tasks(config: RunConfig) -> list[Task]:
     folder = data_folder(config)
     names = config.tasks or load_order(folder, config.order or "")
     tasks = load_tasks(folder, names)
+    if config.template is not None:
+        tasks = [replace(task, template=config.template) for task in tasks]
     if config.eval_split == "heldout":
         tasks = [hold_out(task, config.holdout, DATA_SEED) for task in tasks]
     return [replace(task, train=limit_rows(task.train, config.limit_train, f"{task.name}/train")) for task in tasks]

@@ -93,6 +93,7 @@ def test_order_and_tasks_replace_each_other(
         ("precision: fp8\n", r"run.yaml:1: field 'precision': .*'fp32', 'bf16' or 'fp16', got 'fp8'"),
         ("lr: .nan\n", r"run.yaml:1: field 'lr': .*finite"),
         ("seed: 1\n\nlr: -1\n", r"run.yaml:3: lr must be positive"),
+        ("template: Answer this.\n", r"run.yaml:1: template must hold \{input\} once"),
         ("kif:\n  density: 2\n", r"run.yaml:2: kif.density must lie in \[0, 1\]"),
         ("kif: {preset: release}\n", r"run.yaml:1: field 'kif.preset': .*'paper', 'released-code'"),
         ("kif: 3\n", r"run.yaml:1: field 'kif' must hold"),

@@ -13,7 +13,7 @@ import torch
 from kif.config import KIFConfig, RunConfig
 from kif.configfile import ConfigError, load_config
 from kif.methods import METHODS
-from kif.run import evaluate_run, train
+from kif.run import evaluate_run, prepare_tasks, train
 from kif.tasks import DataError
 
 
@@ -120,6 +120,14 @@ def test_forward_transfer(written: Path, tiny_models: dict[str, Path], tmp_path:
     a, zero = results["accuracy"], results["zero_shot"]
     assert a[1][0] is not None and a[2][1] is not None and a[2][0] is None
     assert results["fwt"] == pytest.approx((a[1][0] - zero[1] + a[2][1] - zero[2]) / 2)
+
+
+def test_the_template_can_be_replaced(written: Path, tmp_path: Path) -> None:
+    given = RunConfig(model="m", data=str(written), order="abc", template="{input} is")
+    task = prepare_tasks(given)[0]
+    assert task.prompt(task.train[0]) == f"{task.train[0].input} is"
+    usual = prepare_tasks(replace(given, template=None))[0]
+    assert usual.prompt(usual.train[0]).startswith("Which of the colours? train row 0")
 
 
 def test_held_out_rows_are_not_trained_on(written: Path, tiny_models: dict[str, Path], tmp_path: Path) -> None:
