@@ -56,10 +56,15 @@ def train(argv: Sequence[str]) -> int:
     from kif.configfile import parse_run_config
 
     config = parse_run_config(argv)
+    from kif.distributed import process_group, world
     from kif.report import accuracy_matrix_table, comparison_table, parse_results
     from kif.run import train as run_training
 
-    results = parse_results(run_training(config, progress=True), str(Path(config.output) / "results.json"))
+    with process_group(config.device):
+        found = run_training(config, progress=True)
+        if world()[0] > 0:
+            return 0
+    results = parse_results(found, str(Path(config.output) / "results.json"))
     print(accuracy_matrix_table(results))
     print(comparison_table([results]))
     print(f"run folder: {config.output}")
@@ -117,13 +122,17 @@ def compare(argv: Sequence[str]) -> int:
     """Train several methods side by side, with several seeds; finished runs are not run again."""
     parser = _parser("compare", compare)
     parser.epilog = "All options of `kif train` can be given too and hold for every run; each is a process of its own."
-    parser.add_argument("--methods", required=True, metavar="A,B,...", help="see `kif methods`; a preset: kif:no-die")
+    parser.add_argument(
+        "--methods", required=True, metavar="A,B,...", help="of `kif methods`; also kif:no-die, ewc:lr=1e-3"
+    )
     parser.add_argument("--seeds", type=_positive, default=3, metavar="N", help="seeds 0 to N - 1 (default: 3)")
     parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="runs at once (default: 1)")
     options, others = parser.parse_known_args(argv)
     from kif.configfile import parse_run_config
 
     base = parse_run_config(others)
+    if base.resume:
+        raise ValueError("a comparison goes on by itself where it stopped, run by run: give it no --resume")
     from kif.compare import plan, run
     from kif.report import comparison_table, load_results, write_report
 

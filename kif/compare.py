@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from kif.config import PRESETS, KIFConfig, RunConfig
-from kif.configfile import ConfigError, dump_config, load_config, nearest
+from kif.config import PRESETS, SECTIONS, KIFConfig, RunConfig
+from kif.configfile import ConfigError, changed, dump_config, load_config, nearest
 from kif.methods import METHODS
 from kif.run import with_absolute_folders
 
@@ -33,12 +34,26 @@ class Cell:
 
 
 def variant_config(base: RunConfig, name: str) -> RunConfig:
-    """The run of a method, `seqlora`, or of Recurrent-KIF with a preset, `recurrent-kif:no-die` or `kif:no-die`.
+    """The run of a method, `seqlora`, of Recurrent-KIF with a preset, `recurrent-kif:no-die` or `kif:no-die`, and
+    either with fields of its own, `seqlora:lr=1e-3` or `kif:no-die:density=0.5`.
 
     A preset starts anew from its own switches but keeps `outer_steps` and `inner_steps` of `base` where it says
-    nothing of them. Raises: ConfigError naming the nearest known name.
+    nothing of them. Fields of the method's own section need no prefix. Raises: ConfigError naming the nearest known
+    name, or the field.
     """
-    method, _, preset = name.partition(":")
+    method, *parts = name.split(":")
+    presets = [part for part in parts if "=" not in part]
+    if len(presets) > 1:
+        raise ConfigError(f"{name!r}: more than one preset")
+    config = _preset_config(base, name, method, presets[0] if presets else "")
+    section = METHODS[config.method].section
+    own = {f.name for f in fields(SECTIONS[section])} if section else set()
+    changes = dict(part.split("=", 1) for part in parts if "=" in part)
+    named = {f"{section}.{field}" if field in own else field: value for field, value in changes.items()}
+    return changed(config, named, repr(name))
+
+
+def _preset_config(base: RunConfig, name: str, method: str, preset: str) -> RunConfig:
     method = KIF if method == "kif" else method
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}; did you mean {nearest(method, METHODS)!r}?")
@@ -64,7 +79,7 @@ def plan(base: RunConfig, names: Sequence[str], seeds: Sequence[int]) -> list[Ce
     cells = []
     for seed in seeds:
         for name in names:
-            folder = Path(base.output) / name.replace(":", "-") / f"seed-{seed}"
+            folder = Path(base.output) / re.sub(r"[^\w.-]", "-", name) / f"seed-{seed}"
             cell = Cell(folder, replace(variant_config(base, name), seed=seed, output=str(folder)))
             if cell.finished:
                 _check_same(cell)

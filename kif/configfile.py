@@ -96,6 +96,21 @@ def parse_run_config(argv: Sequence[str]) -> RunConfig:
     return check_inputs(_build(flat, lambda key: "command line"))
 
 
+def changed(config: RunConfig, changes: Mapping[str, str], where: str) -> RunConfig:
+    """`config` with fields replaced, by dotted name and as text; lists are joined by "+".
+
+    Raises: ConfigError that begins with `where`.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(config).items():
+        flat |= {f"{name}.{part}": inner for part, inner in value.items()} if name in SECTIONS else {name: value}
+    for name, text in changes.items():
+        if name not in flat:
+            raise ConfigError(f"{where}: unknown field {name!r}{_suggestion(name)}")
+        flat[name] = text.split("+") if "list" in str(_types()[name]) else text
+    return _build(flat, lambda key: where)
+
+
 def check_inputs(config: RunConfig) -> RunConfig:
     """`config` with `data` filled from KIF_DATA. Raises ConfigError where model or data are not given."""
     if not config.model:

@@ -30,9 +30,21 @@ def test_cells_are_methods_and_presets_by_seed(tmp_path: Path) -> None:
     assert compare.variant_config(base(tmp_path), "kif:released-code").kif == KIFConfig.preset("released-code")
 
 
+def test_a_name_can_set_fields(tmp_path: Path) -> None:
+    given = base(tmp_path, kif=KIFConfig(outer_steps=4))
+    names = ["seqlora:lr=1e-2", "kif:no-die:density=0.5", "kif:lr=2e-3:target_modules=q+v", "seqlora"]
+    first, second, third, _ = compare.plan(given, names, [0])
+    assert first.config.lr == 1e-2 and first.folder.parent.name == "seqlora-lr-1e-2"
+    assert second.config.kif == KIFConfig(outer_steps=4, history="frozen", density=0.5)
+    assert third.config.target_modules == ["q", "v"] and third.config.lr == 2e-3 and third.config.kif == given.kif
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
+        (["seqlora:lrr=1"], "'seqlora:lrr=1': unknown field 'lrr'; did you mean 'lr'"),
+        (["kif:density=2"], r"'kif:density=2': kif.density must lie in \[0, 1\]"),
+        (["kif:gm:adaptive"], "more than one preset"),
         (["seqlorra"], "unknown method 'seqlorra'; did you mean 'seqlora'"),
         (["kif:no-dye"], "unknown preset 'no-dye'; did you mean 'no-die'"),
         (["ewc:gm"], "only recurrent-kif has presets"),
