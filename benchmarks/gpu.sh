@@ -1,15 +1,21 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call of at most 8 minutes and without a network:
 #
-#     benchmarks/gpu.sh OUT [DEVICE]
+#     benchmarks/gpu.sh OUT [DEVICE] [kernels|steps]
 #
-# correctness of every kernel on the device, the static contract with this machine's triton, microbenchmarks, the
+# kernels (the default): correctness of every kernel on the device, the static contract with this machine's triton, microbenchmarks, the
 # regression gate (its self-test, and against a recorded result of the same GPU, torch and triton), and where ncu runs
 # what limits each kernel. Writes JSON, tables and the roofline plot to OUT. Needs torch, triton, pytest and hypothesis;
-# a plain checkout will do. DEVICE=cpu tries the script itself on a machine without a GPU, with tiny sizes.
+# a plain checkout will do.
+#
+# steps: rounds of training taken apart (benchmarks.train_step) at the shapes of T5-large and LLaMA-2 7B, against
+# transformers' Trainer and per-tensor bookkeeping, and the loss trajectory of the last two. Needs transformers and peft,
+# the Trainer accelerate too.
+#
+# DEVICE=cpu tries the script itself on a machine without a GPU, with tiny sizes.
 set -uo pipefail
 out=${1:?usage: benchmarks/gpu.sh OUT [DEVICE]}
-device=${2:-cuda}
+device=${2:-cuda} part=${3:-kernels}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.."
@@ -41,6 +47,31 @@ else
   profile=true
 fi
 
+finish() {
+  if [ ${#failed[@]} -gt 0 ]; then
+    echo "FAILED: ${failed[*]}"
+    exit 1
+  fi
+  echo "all of it worked; results in $out"
+  exit 0
+}
+
+if [ "$part" = steps ]; then
+  step() {
+    lines=8 stage "steps-$1" "$2" "$python" -m benchmarks.train_step --device "$device" --json "$out/steps-$1.json" "${@:3}"
+  }
+  if [ "$device" = cpu ]; then
+    step tiny-t5 60 --model tiny-t5 --length 32 --rounds 2
+    step trajectory 60 --model tiny-t5 --length 16 --batch 2 --trajectory 48
+  else
+    step t5-large 150 --model t5-large --precision bf16 --turns 2
+    step t5-large-m1 90 --model t5-large --precision bf16 --outer-steps 1 --contenders per-tensor kif
+    step trajectory 90 --model t5-large --precision fp32 --length 128 --trajectory 200
+    step llama2-7b 140 --model llama2-7b --precision bf16 --rounds 2
+  fi
+  finish
+fi
+
 stage correctness 110 "${tests[@]}"
 stage contract 45 "$python" -m benchmarks.contract
 lines=60 stage kernels $((budget + 40)) "$python" -m benchmarks.kernels --device "$device" --sets "$sets" \
@@ -66,8 +97,4 @@ if $profile && command -v ncu >/dev/null; then
     "$python" -m benchmarks.profile_round --elements 67108864
 fi
 
-if [ ${#failed[@]} -gt 0 ]; then
-  echo "FAILED: ${failed[*]}"
-  exit 1
-fi
-echo "all of it worked; results in $out"
+finish

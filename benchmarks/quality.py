@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kif.config import EWCConfig, KIFConfig, RunConfig, VRMCLConfig
+from kif.config import EWCConfig, KIFConfig, LFPT5Config, RunConfig, VRMCLConfig
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "SeqLoRA": {"method": "seqlora"},
@@ -34,6 +34,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "MTL": {"method": "mtl"},
 }
 """The rows of the quality table."""
+
+SHORT_LFPT5 = LFPT5Config(prompt_length=32, lm_length=64, pseudo_candidates=16)
+"""A tenth of the source's prompt, since its 300 vectors would be most of a short input's cost."""
 
 _M4 = {"outer_steps": 4}
 
@@ -50,6 +53,8 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {
         "TaSL": {"method": "tasl"},
         "MIGU": {"method": "migu"},
         "VR-MCL": {"method": "vr-mcl"},
+        "L2P": {"method": "l2p", "lr": 0.03},
+        "LFPT5": {"method": "lfpt5", "lr": 0.5, "weight_decay": 1e-5, "lfpt5": SHORT_LFPT5},
         "Recurrent-KIF": {"kif": KIFConfig(**_M4)},
         "MTL": {"method": "mtl"},
     },
@@ -76,9 +81,11 @@ PROBES: dict[str, dict[str, Any]] = {
     "M=4, Q=4": {"kif": KIFConfig(inner_steps=4, outer_steps=4)},
     "M=4, released weights": {"kif": KIFConfig(outer_steps=4, fusion="released-code")},
     "EWC strength 1e5": {"method": "ewc", "ewc": EWCConfig(strength=1e5)},
-    "VR-MCL 0.1/1": {"method": "vr-mcl", "vrmcl": VRMCLConfig(inner_lr=0.1, outer_lr=1.0)},
-    "VR-MCL 0.3/3": {"method": "vr-mcl", "vrmcl": VRMCLConfig(inner_lr=0.3, outer_lr=3.0)},
-    "VR-MCL 1/10": {"method": "vr-mcl", "vrmcl": VRMCLConfig(inner_lr=1.0, outer_lr=10.0)},
+    **{
+        f"VR-MCL {inner:g}/{outer:g}": {"method": "vr-mcl", "vrmcl": VRMCLConfig(inner_lr=inner, outer_lr=outer)}
+        for inner in (0.01, 0.03, 0.1, 0.3, 1.0)
+        for outer in (0.03, 0.1, 0.35, 1.0, 3.0, 10.0)
+    },
 }
 """Hyperparameters changed, to choose one or to find out what an effect comes from. Not run by default."""
 

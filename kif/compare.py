@@ -14,11 +14,9 @@ from pathlib import Path
 from kif.config import PRESETS, SECTIONS, KIFConfig, RunConfig
 from kif.configfile import ConfigError, changed, dump_config, load_config, nearest
 from kif.methods import METHODS
-from kif.run import with_absolute_folders
+from kif.run import INCIDENTAL, with_absolute_folders
 
 KIF = "recurrent-kif"
-INCIDENTAL = ("output", "device", "cache_dir")
-"""Fields whose change does not make a finished cell another one."""
 
 
 @dataclass(frozen=True)

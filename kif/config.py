@@ -234,6 +234,58 @@ class VRMCLConfig:
         )  # fmt: skip
 
 
+@dataclass
+class L2PConfig:
+    """Learning to prompt.
+
+    Args:
+        pool_size: prompts in the pool.
+        prompt_length: vectors of a prompt.
+        top_k: prompts that are put in front of an input.
+        pull: weight of the term that draws the chosen keys towards the inputs.
+        init: prompts begin `uniform`: uniformly in (-1, 1); `vocabulary`: as embeddings of random tokens. Keys always
+            begin uniformly.
+    """
+
+    pool_size: int = 10
+    prompt_length: int = 5
+    top_k: int = 5
+    pull: float = 0.1
+    init: Literal["uniform", "vocabulary"] = "uniform"
+
+    def __post_init__(self) -> None:
+        _check("l2p", self, at_least_0=("pull",), positive=("pool_size", "prompt_length", "top_k"))
+        if self.top_k > self.pool_size:
+            raise ValueError(f"l2p.top_k must not exceed l2p.pool_size ({self.pool_size}), got {self.top_k}")
+
+
+@dataclass
+class LFPT5Config:
+    """Lifelong few-shot prompt tuning.
+
+    Args:
+        prompt_length: vectors of the prompt.
+        lm_weight: weight of the loss of writing the rows themselves.
+        lm_length: longest row that is written, in tokens.
+        kl_weight: weight of staying with the previous prompt's answers on pseudo rows.
+        pseudo_candidates: rows that are written for each earlier task before a new one.
+        pseudo_per_class: rows of these that are kept, at most, for each label.
+    """
+
+    prompt_length: int = 300
+    lm_weight: float = 0.25
+    lm_length: int = 128
+    kl_weight: float = 0.01
+    pseudo_candidates: int = 64
+    pseudo_per_class: int = 2
+
+    def __post_init__(self) -> None:
+        _check(
+            "lfpt5", self, at_least_0=("lm_weight", "pseudo_candidates", "pseudo_per_class"), fractions=("kl_weight",),
+            positive=("prompt_length", "lm_length"),
+        )  # fmt: skip
+
+
 def _check(
     section: str,
     config: Any,
@@ -263,7 +315,9 @@ class RunConfig:
             variable KIF_DATA.
         order: name of a task order in the folder's orders.json (1-6 are those of Table 12).
         tasks: names of the tasks in training order, instead of `order`.
-        output: run folder to write; must not hold a run already.
+        output: run folder to write; must not hold a run already, unless it is resumed.
+        resume: continue the interrupted run in `output` from its last checkpoint, with otherwise equal settings.
+        checkpoint_rounds: rounds between checkpoints within a task. Default: checkpoints at the end of tasks only.
         seed: seed of everything random (adapter init, dropout, shuffling, replay memory).
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ...
         precision: `fp32` or `bf16` for the base model; the adapter is fp32 always. `fp16` is refused.
@@ -321,6 +375,8 @@ class RunConfig:
         tasl: hyperparameters of TaSL.
         migu: hyperparameters of MIGU.
         vrmcl: hyperparameters of VR-MCL.
+        l2p: hyperparameters of L2P.
+        lfpt5: hyperparameters of LFPT5.
     """
 
     model: str = ""
@@ -329,6 +385,8 @@ class RunConfig:
     order: str | None = None
     tasks: list[str] = field(default_factory=list)
     output: str = "runs/latest"
+    resume: bool = False
+    checkpoint_rounds: int | None = None
     seed: int = 0
     device: str = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -379,12 +437,14 @@ class RunConfig:
     tasl: TaSLConfig = field(default_factory=TaSLConfig)
     migu: MIGUConfig = field(default_factory=MIGUConfig)
     vrmcl: VRMCLConfig = field(default_factory=VRMCLConfig)
+    l2p: L2PConfig = field(default_factory=L2PConfig)
+    lfpt5: LFPT5Config = field(default_factory=LFPT5Config)
 
     def __post_init__(self) -> None:
         positive = (
             "lora_r", "lora_alpha", "max_length", "max_target_length", "limit_train", "limit_eval", "epochs",
             "steps_per_task", "batch_size", "outer_batch_size", "gradient_accumulation", "eval_batch_size",
-            "max_new_tokens", "lr", "outer_lr", "eps",
+            "max_new_tokens", "lr", "outer_lr", "eps", "checkpoint_rounds",
         )  # fmt: skip
         for name in positive:
             value = getattr(self, name)
@@ -414,5 +474,7 @@ SECTIONS: dict[str, type] = {
     "tasl": TaSLConfig,
     "migu": MIGUConfig,
     "vrmcl": VRMCLConfig,
+    "l2p": L2PConfig,
+    "lfpt5": LFPT5Config,
 }
 """Parts of a RunConfig that belong to single methods, by field."""

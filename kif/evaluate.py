@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from kif.distributed import gather, share
 from kif.families import LanguageModel
 from kif.tasks import Example, Task
 from kif.tokenization import TokenCache
@@ -40,14 +41,14 @@ def evaluate(
     """Answer `examples` and score the answers by the task's metric.
 
     The model is in evaluation mode meanwhile and returns to its former mode; no random numbers are drawn, so
-    training goes on as if nothing had been scored.
+    training goes on as if nothing had been scored. Several processes share the rows; each returns the whole result.
 
     Args:
         lm: model with adapter.
         task: the rows' task.
         examples: the rows.
         mode: `generate` (greedy) or `rank` (label with the highest likelihood).
-        batch_size: rows answered at once.
+        batch_size: rows that a process answers at once.
         max_new_tokens: longest generated answer in tokens.
         cache: where tokenised rows are kept; None: tokenised here.
     Raises: ValueError without rows, for an unknown mode and for ranking in a task without a label list.
@@ -60,17 +61,20 @@ def evaluate(
     rows = (cache or TokenCache(None)).encode(lm, task, examples)
     # longest first: memory runs out at once or not at all
     order = sorted(range(len(rows)), key=lambda i: rows[i].length, reverse=True)
-    predictions = [""] * len(rows)
+    own = share(order)
+    answers: dict[int, str] = {}
     modes = {module: module.training for module in lm.model.modules()}
     lm.model.eval()
     try:
-        for first in range(0, len(order), batch_size):
-            batch = order[first : first + batch_size]
-            for i, text in zip(batch, lm.answer(task, [rows[i] for i in batch], mode, max_new_tokens), strict=True):
-                predictions[i] = text
+        for first in range(0, len(own), batch_size):
+            batch = own[first : first + batch_size]
+            texts = lm.answer(task, [rows[i] for i in batch], mode, max_new_tokens)
+            answers.update(zip(batch, texts, strict=True))
     finally:
         for module, training in modes.items():
             module.training = training
+    found = {i: text for part in gather(answers) for i, text in part.items()}
+    predictions = [found[i] for i in range(len(rows))]
     score = mean_score(task.metric, predictions, [example.references for example in examples])
     return Evaluation(score, predictions, time.perf_counter() - start)
 

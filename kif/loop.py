@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from kif.batches import BatchStream
+from kif.checkpoint import pack_rows, random_state, restore_random_state, unpack_rows
 from kif.config import RunConfig
+from kif.distributed import all_reduce_, share, world
 from kif.families import Encoded, LanguageModel
 from kif.methods import Method
 
 Record = dict[str, Any]
+State = dict[str, Any]
 
 
 def train_phase(
@@ -28,6 +31,8 @@ def train_phase(
     rows: Sequence[Encoded],
     memory: Sequence[Encoded],
     log: Callable[[Record], None],
+    save: Callable[[State], None] | None = None,
+    state: State | None = None,
 ) -> dict[str, int]:
     """Train on one task (or, for MTL, on all) and return the number of `inner` and `outer` steps made.
 
@@ -44,17 +49,34 @@ def train_phase(
         rows: the phase's training rows.
         memory: rows of all tasks before it; empty in the first phase.
         log: called once a round with what happened; beside data and model, only this waits for the device.
+        save: called after every `config.checkpoint_rounds` rounds but the last with all that what follows depends on.
+            Tensors in it are live ones.
+        state: what `save` was called with, to continue from there; `log` is not called again for the rounds before.
     """
+    if state is not None:
+        # a task may begin with what is known of earlier ones
+        method.load_state_dict(state["method"])
     method.begin_task(index, memory)
-    new_rows = BatchStream(method.training_rows(rows, memory), config.batch_size, f"{config.seed}/new/{index}")
+    trained = method.training_rows(rows, memory)
+    if state is not None:
+        # what a method made itself depends on weights that are not there any more
+        trained = unpack_rows(state["rows"], [*rows, *memory])
+    new_rows = BatchStream(trained, config.batch_size, f"{config.seed}/new/{index}")
     outer_batch_size = config.outer_batch_size or config.batch_size
     replay = BatchStream(memory, outer_batch_size, f"{config.seed}/replay/{index}") if memory else None
 
     rounds = list(plan_rounds(config, method, new_rows.batches_per_epoch, tasks))
     total = sum(inner for inner, _ in rounds)
-    done = outer_done = 0
+    begin = done = outer_done = 0
+    if state is not None:
+        begin, done, outer_done = state["round"], state["inner"], state["outer"]
+        new_rows.load_state_dict(state["new_rows"])
+        if replay is not None:
+            replay.load_state_dict(state["replay"])
+        method.load_state_dict(state["method"])
+        restore_random_state(state["random"], lm.device)
     lm.model.train()
-    for number, (inner_steps, outer_steps) in enumerate(rounds):
+    for number, (inner_steps, outer_steps) in enumerate(rounds[begin:], begin):
         losses, outer_losses = [], []
         for _ in range(inner_steps):
             losses.append(backward(lm, method, new_rows.next(), config.gradient_accumulation))
@@ -83,6 +105,20 @@ def train_phase(
                 "time": time.time(),
             }
         )
+        finished = number + 1
+        if save and config.checkpoint_rounds and finished % config.checkpoint_rounds == 0 and finished < len(rounds):
+            save(
+                {
+                    "round": finished,
+                    "inner": done,
+                    "outer": outer_done,
+                    "rows": pack_rows(trained, [*rows, *memory]),
+                    "new_rows": new_rows.state_dict(),
+                    "replay": replay.state_dict() if replay is not None else None,
+                    "method": method.state_dict(),
+                    "random": random_state(lm.device),
+                }
+            )
     method.end_task(index)
     return {"inner": done, "outer": outer_done}
 
@@ -125,9 +161,11 @@ def backward(lm: LanguageModel, method: Method, rows: Sequence[Encoded], accumul
     """Gradient of the mean loss over all label tokens of `rows`, in `accumulation` micro-batches; returns the loss.
 
     Each micro-batch's summed loss is divided by the number of label tokens of the whole step, so the gradient does
-    not depend on how the rows are split.
+    not depend on how the rows are split. Several processes each take a part of the rows, which may be none, and sum
+    their gradients; the loss returned is that of the process's own part.
     """
-    micro = [rows[i::accumulation] for i in range(min(accumulation, len(rows)))]
+    own = share(rows)
+    micro = [own[i::accumulation] for i in range(min(accumulation, len(own)))]
     count = lm.label_count(rows)
     total = torch.zeros((), device=lm.device)
     for part in micro:
@@ -135,10 +173,13 @@ def backward(lm: LanguageModel, method: Method, rows: Sequence[Encoded], accumul
         loss = loss / count
         loss.backward()
         total += loss.detach()
+    if world()[1] > 1:
+        method.arena.check()
+        all_reduce_(method.arena.grad)
     return total
 
 
 def _mean(losses: Sequence[Tensor]) -> float | None:
-    """Mean loss; None without losses and where it is not finite, which JSON cannot hold."""
-    mean = torch.stack(list(losses)).mean().item() if losses else math.nan
+    """Mean loss over steps, summed over processes; None without losses and where JSON cannot hold it (not finite)."""
+    mean = all_reduce_(torch.stack(list(losses)).mean()).item() if losses else math.nan
     return mean if math.isfinite(mean) else None

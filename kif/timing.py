@@ -40,6 +40,10 @@ class Stopwatch:
             yield
             self._seconds[name] += time.perf_counter() - start_time
 
+    def add(self, name: str, seconds: float) -> None:
+        """Add host time."""
+        self._seconds[name] += seconds
+
     def seconds(self) -> dict[str, float]:
         """Seconds so far by section. On CUDA this waits for the device."""
         self._read(wait=True)

@@ -206,11 +206,13 @@ def test_report_prints_the_table_and_the_files(tmp_path: Path, capsys: pytest.Ca
 def test_methods_are_listed_one_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     class Method:
         summary, source = "does nothing", "nowhere"
+        refused, plain_adapter = {"encoder": "why not"}, False
 
     module(monkeypatch, "kif.methods", METHODS={"a": Method, "long-name": Method})
     assert main(["methods"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["a          does nothing (nowhere)", "long-name  does nothing (nowhere)"]
+    rest = "does nothing (nowhere) [T5, Llama; adapter for kif only]"
+    assert lines == [f"a          {rest}", f"long-name  {rest}"]
 
 
 def test_demo_forwards_its_options_and_status(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

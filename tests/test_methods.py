@@ -313,3 +313,8 @@ def test_state_survives_saving_bit_for_bit(tiny_models: dict[str, Path], name: s
     for end in (method, other):
         end.lm.model.eval()
     assert torch.equal(method.lm.loss(batch)[0], other.lm.loss(batch)[0])
+
+
+def test_plain_adapters_need_nothing_of_ours() -> None:
+    for method in METHODS.values():
+        assert method.plain_adapter == (method.attach.__func__ is Method.attach.__func__)  # type: ignore[attr-defined]

@@ -31,6 +31,8 @@ def config(written: Path, model: Path, output: Path, **options: Any) -> RunConfi
 def test_run_folder_and_matrix(
     written: Path, tiny_models: dict[str, Path], tmp_path: Path, kind: str, method: str
 ) -> None:
+    if kind == "bert" and "encoder" in METHODS[method].refused:
+        pytest.skip(f"{method} refuses encoders")
     run = tmp_path / "run"
     results = train(
         config(written, tiny_models[kind], run, method=method, kif=KIFConfig(inner_steps=3)), progress=False
@@ -52,18 +54,16 @@ def test_run_folder_and_matrix(
     assert load_config(run / "config.yaml").method == method
     last = run / "checkpoints" / "task-03-moods" / "adapter_model.safetensors"
     assert last.read_bytes() == (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert evaluate_run(run, progress=False)["scores"] == [row[2] for row in results["accuracy"]]
+    if method != "mtl":
+        second = evaluate_run(run, checkpoint=2, progress=False)["scores"]
+        assert second[:2] == [results["accuracy"][i][1] for i in range(2)]
 
 
-def test_a_saved_adapter_scores_as_the_trained_one_did(
-    written: Path, tiny_models: dict[str, Path], tmp_path: Path
-) -> None:
-    for kind in ("t5", "bert"):
-        results = train(config(written, tiny_models[kind], tmp_path / kind), progress=False)
-        final = evaluate_run(tmp_path / kind, progress=False)
-        assert final["scores"] == [row[2] for row in results["accuracy"]] and final["op"] == results["op"]
-        second = evaluate_run(tmp_path / kind, checkpoint=2, progress=False)
-        assert second["scores"][:2] == [results["accuracy"][i][1] for i in range(2)]
-    ranked = evaluate_run(tmp_path / "t5", progress=False, eval_mode="rank", eval_split="validation")
+def test_a_saved_adapter_can_be_scored_otherwise(written: Path, tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(config(written, tiny_models["t5"], run), progress=False)
+    ranked = evaluate_run(run, progress=False, eval_mode="rank", eval_split="validation")
     assert all(0.0 <= score <= 100.0 for score in ranked["scores"])
 
 

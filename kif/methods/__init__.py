@@ -5,6 +5,8 @@ from __future__ import annotations
 from kif.methods.base import Method, SingleAdapterMethod
 from kif.methods.ewc import EWC
 from kif.methods.inclora import IncLoRA
+from kif.methods.l2p import L2P
+from kif.methods.lfpt5 import LFPT5
 from kif.methods.lora_replay import LoRAReplay
 from kif.methods.migu import MIGU
 from kif.methods.moelora import MoELoRA
@@ -16,13 +18,15 @@ from kif.methods.seqlora import SeqLoRA
 from kif.methods.tasl import TaSL
 from kif.methods.vrmcl import VRMCL
 
-_ALL = (RecurrentKIFMethod, SeqLoRA, IncLoRA, LoRAReplay, EWC, OLoRA, MoELoRA, SAPT, TaSL, MIGU, VRMCL, MTL)
+_ALL = (RecurrentKIFMethod, SeqLoRA, IncLoRA, LoRAReplay, EWC, OLoRA, MoELoRA, SAPT, TaSL, MIGU, VRMCL, L2P, LFPT5, MTL)
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 """Every method by its name on the command line."""
 
 __all__ = [
     "EWC",
+    "L2P",
+    "LFPT5",
     "METHODS",
     "MIGU",
     "MTL",

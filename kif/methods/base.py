@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kif.arena import ParameterArena
 from kif.config import SECTIONS, RunConfig
-from kif.families import Encoded, LanguageModel
+from kif.families import Encoded, Family, LanguageModel
 from kif.optimizer import ArenaAdamW, OptimizerConfig, Scoring
 from kif.tasks import Task
 from kif.timing import Stopwatch
@@ -28,6 +28,10 @@ class Method(ABC):
     loss on memory rows, backward and `outer_step`; `end_round`. A method without an outer loop has
     `outer_steps` 0. All other hooks have the behaviour of plain sequential LoRA.
 
+    With several processes each has a method object and sees its part of a step's rows. `arena.grad` has been summed
+    over them when a step is called; anything else gathered from rows needs `kif.distributed.all_reduce_`, so that all
+    stay equal.
+
     Args:
         lm: the model with its adapter.
         config: the whole run's configuration.
@@ -38,6 +42,10 @@ class Method(ABC):
         source: where the method is from.
         section: the part of RunConfig with its own hyperparameters (`kif.config.SECTIONS`), if it has any.
         unused: fields of RunConfig, other than the sections of other methods, that have no effect on it.
+        refused: the model families it cannot work with, and why.
+        plain_adapter: whether PEFT alone answers from a saved adapter as the method does.
+
+    Raises: ValueError for a model of a refused family.
     """
 
     name: ClassVar[str]
@@ -45,6 +53,8 @@ class Method(ABC):
     source: ClassVar[str]
     section: ClassVar[str | None] = None
     unused: ClassVar[tuple[str, ...]] = ()
+    refused: ClassVar[Mapping[Family, str]] = {}
+    plain_adapter: ClassVar[bool] = True
 
     @classmethod
     def adapter_config(cls, config: RunConfig, tasks: int) -> RunConfig:
@@ -55,7 +65,14 @@ class Method(ABC):
     def attach(cls, lm: LanguageModel, config: RunConfig, folder: Path) -> None:
         """Give a model that was loaded from a saved adapter what `save_adapter` wrote besides LoRA."""
 
+    @classmethod
+    def check_family(cls, lm: LanguageModel) -> None:
+        """Raise ValueError for a model of a refused family; done before anything is changed on the model."""
+        if lm.family in cls.refused:
+            raise ValueError(f"{cls.name} does not work with {lm.family} models: {cls.refused[lm.family]}")
+
     def __init__(self, lm: LanguageModel, config: RunConfig) -> None:
+        self.check_family(lm)
         self.lm, self.config = lm, config
         self.arena = ParameterArena.of(lm.model)
         self.stopwatch = Stopwatch()
@@ -131,11 +148,15 @@ class Method(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Everything the method's next step depends on."""
+        """Everything the method's next step depends on, at the end of a round: nested dicts with string keys and lists
+        of tensors, numbers, strings and None. What `begin_task` and `training_rows` set in any case may be left out.
+        """
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`."""
+        """Continue from `state_dict`. Within a task it is called before `begin_task` and `training_rows`, and once more
+        after them, to overwrite what they changed.
+        """
 
 
 class SingleAdapterMethod(Method):
@@ -187,7 +208,9 @@ def save_method_file(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write `METHOD_FILE`."""
     from safetensors.torch import save_file
 
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / METHOD_FILE)
+    # views of one arena share their memory, which safetensors refuses
+    own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    save_file(own, folder / METHOD_FILE)
 
 
 def load_method_file(folder: Path) -> dict[str, Tensor]:

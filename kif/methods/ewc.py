@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from kif.distributed import all_reduce_, share
 from kif.families import Encoded
 from kif.methods.base import SingleAdapterMethod
 
@@ -37,12 +38,12 @@ class EWC(SingleAdapterMethod):
             self.arena.grad.addcmul_(self.arena.buffer("fisher"), moved, value=2.0 * self.config.ewc.strength)
 
     def end_task(self, index: int) -> None:
-        fisher = self.arena.buffer("fisher").mul_(self.config.ewc.decay)
         count = min(self.config.ewc.fisher_rows, len(self._rows))
         chosen = random.Random(f"{self.config.seed}/fisher/{index}").sample(list(self._rows), count)
+        fisher = torch.zeros_like(self.arena.grad)
         training = self.lm.model.training
         self.lm.model.eval()
-        for row in chosen:
+        for row in share(chosen):
             self.arena.zero_grad()
             loss, labels = self.lm.loss(self.lm.collate([row]))
             (loss / labels).backward()
@@ -51,5 +52,6 @@ class EWC(SingleAdapterMethod):
         self.arena.zero_grad()
         self.lm.model.train(training)
         # a row whose gradient is not finite tells nothing about what is important
-        torch.nan_to_num_(fisher, nan=0.0, posinf=0.0)
+        torch.nan_to_num_(all_reduce_(fisher), nan=0.0, posinf=0.0)
+        self.arena.buffer("fisher").mul_(self.config.ewc.decay).add_(fisher)
         self.arena.buffer("anchor").copy_(self.arena.data)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kif.arena import Segment
 from kif.config import RunConfig
+from kif.distributed import all_reduce_
 from kif.families import Encoded, LanguageModel
 from kif.methods.base import SingleAdapterMethod
 
@@ -46,12 +47,17 @@ class MIGU(SingleAdapterMethod):
         self._magnitudes.clear()
 
     def modify_gradient(self) -> None:
-        for segment in self._layers:
-            # a layer that no forward pass reached has no gradient either
-            if segment.name in self._magnitudes:
-                n = self._magnitudes[segment.name]
-                keep = n >= n.quantile(self.config.migu.quantile)
-                segment.view(self.arena.grad).mul_(keep[:, None])
+        if not self._active or not self._layers:
+            return
+        # a layer that no forward pass reached has no gradient either
+        magnitudes = [
+            self._magnitudes[s.name] if s.name in self._magnitudes else self.arena.grad.new_zeros(s.shape[0])
+            for s in self._layers
+        ]
+        summed = all_reduce_(torch.cat(magnitudes)).split([len(n) for n in magnitudes])
+        for segment, n in zip(self._layers, summed, strict=True):
+            keep = n >= n.quantile(self.config.migu.quantile)
+            segment.view(self.arena.grad).mul_(keep[:, None])
         self._magnitudes.clear()
 
     def state_dict(self) -> dict[str, Any]:

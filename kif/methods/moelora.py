@@ -35,6 +35,7 @@ class MoELoRA(SingleAdapterMethod):
     summary = "several LoRA experts in each layer, mixed by a softmax router for each token"
     source = "mixture of LoRA experts, as in baseline MoELoRA of section 4"
     section = "moelora"
+    plain_adapter = False
     unused = ("outer_lr", "outer_batch_size", "memory_fraction", "memory_balanced")
 
     @classmethod

@@ -36,6 +36,7 @@ class SAPT(IncLoRA):
     summary = "a LoRA for each task, mixed by attention of the input over task keys; pseudo samples are memory rows"
     source = "Zhao et al. 2024, SAPT-LoRA; baseline of section 4"
     section = "sapt"
+    plain_adapter = False
     unused: ClassVar[tuple[str, ...]] = ("outer_lr", "outer_batch_size")
 
     @classmethod
@@ -64,7 +65,7 @@ class SAPT(IncLoRA):
         self._mixer = _Mixer(lm, attention, self.keys)
         self._rows: Sequence[Encoded] = ()
         self._pseudo: dict[str, list[Encoded]] = {}
-        self._phase = self._drawn = 0
+        self._phase = self._steps = 0
         for layer in self.layers.values():
             layer.lora_B["default"].register_forward_pre_hook(self._mixer.weigh_last)
 
@@ -78,7 +79,7 @@ class SAPT(IncLoRA):
 
     def begin_task(self, index: int, memory: Sequence[Encoded]) -> None:
         super().begin_task(index, memory)
-        self._phase, self._drawn = index, 0
+        self._phase, self._steps = index, 0
         self._pseudo = {}
         for row in memory:
             # of a task that this method did not see end there is nothing to keep
@@ -92,14 +93,17 @@ class SAPT(IncLoRA):
     def loss(self, rows: Sequence[Encoded]) -> tuple[Tensor, int]:
         loss, count = super().loss(rows)
         if self._pseudo and self.config.sapt.strength:
-            draw = random.Random(f"{self.config.seed}/sapt/{self._phase}/{self._drawn}")
-            self._drawn += 1
+            draw = random.Random(f"{self.config.seed}/sapt/{self._phase}/{self._steps}")
             batches = {
                 task: draw.sample(known, min(self.config.sapt.pseudo_rows, len(known)))
                 for task, known in self._pseudo.items()
             }
             loss = loss + count * self.config.sapt.strength * self.drift(batches)
         return loss, count
+
+    def inner_step(self, lr: float) -> None:
+        super().inner_step(lr)
+        self._steps += 1
 
     def drift(self, batches: dict[str, list[Encoded]]) -> Tensor:
         """sum_j mean over rows of KL(m_j || w), for rows of old tasks j; a 0-d tensor with gradient."""
@@ -125,13 +129,13 @@ class SAPT(IncLoRA):
         save_method_file(folder, {**self._mixer.attention.state_dict(), "keys": self.keys()})
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "old_keys": self._old_keys, "means": dict(self.means), "drawn": self._drawn}
+        return {**super().state_dict(), "old_keys": self._old_keys, "means": dict(self.means), "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self._old_keys = state["old_keys"].to(self.arena.device)
         self.means = {task: mean.to(self.arena.device) for task, mean in state["means"].items()}
-        self._drawn = state["drawn"]
+        self._steps = state["steps"]
 
     @torch.no_grad()
     def _freeze(self, index: int) -> None:

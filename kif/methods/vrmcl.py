@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kif.config import RunConfig
+from kif.distributed import all_reduce_
 from kif.families import Encoded, LanguageModel
 from kif.methods.base import Method
 from kif_kernels import gradient_state_
@@ -134,9 +135,12 @@ class VRMCL(Method):
         total = torch.zeros_like(self.arena.grad)
         for step in steps:
             self.arena.zero_grad()
-            pairs = [self.lm.loss(self.lm.collate(rows)) for rows in step]
-            (sum((loss for loss, _ in pairs), torch.zeros(())) / sum(count for _, count in pairs)).backward()
+            count = all_reduce_(torch.tensor(sum(map(self.lm.label_count, step)), device=total.device))
+            for rows in step:
+                loss, _ = self.lm.loss(self.lm.collate(rows))
+                (loss / count).backward()
             self.arena.check()
+            all_reduce_(self.arena.grad)
             total.add_(self._clipped(), alpha=1.0 / len(steps))
         self.arena.zero_grad()
         return total

@@ -1,0 +1,355 @@
+"""A round of training, taken apart: how long data, forward, backward, optimizer, thresholds and fusion take.
+
+    python -m benchmarks.train_step --model t5-large --json FILE
+    python -m benchmarks.train_step --model tiny-t5 --trajectory 200
+
+Contenders: `trainer`, LoRA replay by transformers' Trainer and PEFT; `per-tensor`, Recurrent-KIF by this package's loop
+with plain PyTorch, one tensor after the other; `kif`, the same with the arena and its fused operations. All make the
+same number of optimizer steps on rows of the same length. Weights are random, which does not matter for time. Each
+contender runs in a process of its own, in turn, so that its peak memory is its own. With --trajectory the losses of
+`per-tensor` and `kif` on the same rows from the same weights are compared instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.baselines import PerTensorKthvalue
+from benchmarks.machine import environment
+from benchmarks.workload import LR, MOMENTS, Problem
+from kif.arena import ParameterArena
+from kif.config import KIFConfig
+from kif.decoder import DecoderModel
+from kif.engine import RecurrentKIF
+from kif.families import Encoded, LanguageModel
+from kif.generative import IGNORE
+from kif.seq2seq import EncoderDecoderModel
+from kif.timing import Stopwatch
+
+_T5 = {"vocab_size": 32128, "d_kv": 64, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+_LLAMA = {"vocab_size": 32000, "pad_token_id": 0, "max_position_embeddings": 4096}
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tiny-t5": ("t5", {**_T5, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}),
+    "tiny-llama": (
+        "llama",
+        {**_LLAMA, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+    ),
+    "t5-small": ("t5", {**_T5, "d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8}),
+    "t5-large": ("t5", {**_T5, "d_model": 1024, "d_ff": 4096, "num_layers": 24, "num_heads": 16}),
+    "flan-t5-xl": (
+        "t5",
+        {
+            **_T5, "d_model": 2048, "d_ff": 5120, "num_layers": 24, "num_heads": 32,
+            "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+        },
+    ),
+    "llama2-7b": (
+        "llama",
+        {**_LLAMA, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    ),
+    "llama2-13b": (
+        "llama",
+        {**_LLAMA, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+    ),
+}  # fmt: skip
+"""Shapes of the models of Appendix D, a small one for CPUs, and tiny ones for tests."""
+
+CONTENDERS = ("trainer", "per-tensor", "kif")
+BOOKKEEPING = ("optimizer", "threshold", "fusion")
+TARGET = 8
+"""Tokens of a label."""
+
+
+def build(name: str, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+    """The model with random weights and LoRA (r=8 on query and value, no dropout), the adapter in fp32."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    kind, values = MODELS[name]
+    torch.manual_seed(0)
+    with torch.device(device):
+        if kind == "t5":
+            config: Any = transformers.T5Config(**values, dropout_rate=0.0)
+            base: Any = transformers.T5ForConditionalGeneration._from_config(config, dtype=dtype)
+        else:
+            config = transformers.LlamaConfig(**values)
+            base = transformers.LlamaForCausalLM._from_config(config, dtype=dtype)
+        task = "SEQ_2_SEQ_LM" if kind == "t5" else "CAUSAL_LM"
+        targets = ["q", "v"] if kind == "t5" else ["q_proj", "v_proj"]
+        model = get_peft_model(base, LoraConfig(task_type=task, r=8, lora_alpha=32, target_modules=targets))
+    family = EncoderDecoderModel if kind == "t5" else DecoderModel
+    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=1)
+    model.train()
+    return family(model, tokenizer, max_length=10**6, max_target_length=TARGET)
+
+
+def rows_of(count: int, length: int, seed: int) -> list[Encoded]:
+    """Rows of random tokens, all of one length."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, 30000, (count, length + TARGET), generator=generator).tolist()
+    return [Encoded(tuple(row[:length]), tuple(row[length:]), "random", False) for row in ids]
+
+
+class KIF:
+    """This package: the arena and the fused operations."""
+
+    def __init__(self, lm: LanguageModel, config: KIFConfig, watch: Stopwatch) -> None:
+        self.engine = RecurrentKIF(ParameterArena.of(lm.model), config)
+        self.engine.stopwatch = watch
+
+    def step(self, side: str, first: bool, last: bool) -> None:
+        (self.engine.inner_step if side == "in" else self.engine.outer_step)(LR)
+
+    def fuse(self) -> None:
+        self.engine.fuse()
+
+
+class PerTensor:
+    """Plain PyTorch, one tensor after the other, on the model's own parameters."""
+
+    def __init__(self, lm: LanguageModel, config: KIFConfig, watch: Stopwatch) -> None:
+        self.parameters = [p for p in lm.model.parameters() if p.requires_grad]
+        self.device, self.watch = lm.device, watch
+        buffers = ("weight", "grad", "theta_start", "theta_inner", "importance_in", "importance_out", *MOMENTS)
+        self.bookkeeping = PerTensorKthvalue(Problem(tuple(p.shape for p in self.parameters), lm.device), buffers)
+        self.bookkeeping.parts["weight"] = [p.data for p in self.parameters]
+        for name in MOMENTS:
+            self.bookkeeping.flat[name].zero_()
+        self.bookkeeping.steps = {"in": 0, "out": 0}
+
+    @torch.no_grad()
+    def step(self, side: Any, first: bool, last: bool) -> None:
+        with self.watch.section("optimizer", self.device):
+            self.bookkeeping.parts["grad"] = [p.grad for p in self.parameters]
+            self.bookkeeping.training_step(side, first, last)
+            for parameter in self.parameters:
+                parameter.grad = None
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        with self.watch.section("threshold", self.device):
+            thresholds = self.bookkeeping.thresholds()
+        with self.watch.section("fusion", self.device):
+            self.bookkeeping.fusion(*thresholds)
+
+
+def train_round(
+    lm: LanguageModel, own: KIF | PerTensor, config: KIFConfig, next_rows: Callable[[], list[Encoded]], watch: Stopwatch
+) -> list[Tensor]:
+    """One round; the losses, on the device."""
+    losses = []
+    inner, steps = config.inner_steps, config.inner_steps + config.outer_steps
+    for i in range(steps):
+        begun = time.perf_counter()
+        batch = lm.collate(next_rows())
+        watch.add("data", time.perf_counter() - begun)
+        with watch.section("forward", lm.device):
+            loss, count = lm.loss(batch)
+            loss = loss / count
+        with watch.section("backward", lm.device):
+            loss.backward()
+        losses.append(loss.detach())
+        own.step("in" if i < inner else "out", i == 0, i in (inner - 1, steps - 1))
+    own.fuse()
+    return losses
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """One contender: milliseconds of each round, tokens in a second, its parts, peak memory in bytes."""
+    device = torch.device(options.device)
+    lm = build(options.model, device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
+    config = KIFConfig(inner_steps=options.inner_steps, outer_steps=options.outer_steps)
+    steps = config.inner_steps + config.outer_steps
+    parts: dict[str, float] = {}
+    if options.only == "trainer":
+        rounds = _trainer(lm, options, steps)
+    else:
+        watch = Stopwatch()
+        own = (KIF if options.only == "kif" else PerTensor)(lm, config, watch)
+        rows = rows_of(options.batch, options.length, 1)
+        rounds = []
+        before: dict[str, float] = {}
+        for number in range(options.rounds + 1):
+            _synchronize(device)
+            begun = time.perf_counter()
+            train_round(lm, own, config, lambda: rows, watch)
+            _synchronize(device)
+            # the first one compiles, allocates and chooses algorithms
+            if number == 0:
+                before = watch.seconds()
+            else:
+                rounds.append((time.perf_counter() - begun) * 1e3)
+        after = watch.seconds()
+        parts = {name: (after[name] - before.get(name, 0.0)) * 1e3 / options.rounds for name in after}
+        parts["other"] = statistics.fmean(rounds) - sum(parts.values())
+    median = statistics.median(rounds)
+    return {
+        "round_ms": rounds,
+        "median_ms": median,
+        "tokens_per_second": 1e3 * steps * options.batch * (options.length + TARGET) / median,
+        "parts_ms": parts,
+        "bookkeeping_share": 100.0 * sum(parts.get(name, 0.0) for name in BOOKKEEPING) / median if parts else None,
+        "peak_bytes": _peak(device),
+    }
+
+
+def _trainer(lm: LanguageModel, options: argparse.Namespace, steps: int) -> list[float]:
+    """Milliseconds of each `steps` steps of transformers' Trainer after as many to warm up."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step % steps == 0:
+                _synchronize(lm.device)
+                times.append(time.perf_counter())
+
+    rows = rows_of(options.batch * steps * (options.rounds + 1), options.length, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            per_device_train_batch_size=options.batch,
+            max_steps=steps * (options.rounds + 1),
+            learning_rate=LR,
+            bf16=options.precision == "bf16",
+            use_cpu=lm.device.type == "cpu",
+            logging_strategy="no",
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=lm.device.type == "cuda",
+        )
+        Trainer(lm.model, arguments, train_dataset=[_features(lm, row) for row in rows], callbacks=[Clock()]).train()
+    return [(b - a) * 1e3 for a, b in itertools.pairwise(times)]
+
+
+def _features(lm: LanguageModel, row: Encoded) -> dict[str, list[int]]:
+    if lm.family == "encoder-decoder":
+        return {
+            "input_ids": list(row.input_ids), "attention_mask": [1] * len(row.input_ids), "labels": list(row.target),
+        }  # fmt: skip
+    ids = [*row.input_ids, *row.target]
+    return {
+        "input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORE] * len(row.input_ids) + list(row.target),
+    }  # fmt: skip
+
+
+def trajectory(options: argparse.Namespace) -> dict[str, Any]:
+    """Losses of `per-tensor` and `kif` over `options.trajectory` steps on the same rows from the same weights."""
+    device = torch.device(options.device)
+    config = KIFConfig(inner_steps=options.inner_steps, outer_steps=options.outer_steps)
+    found = {}
+    for name, kind in (("per-tensor", PerTensor), ("kif", KIF)):
+        lm = build(options.model, device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
+        watch = Stopwatch()
+        own = kind(lm, config, watch)
+        pool = rows_of(8 * options.batch, options.length, 2)
+        drawn = iter(range(10**9))
+
+        def next_rows(pool: list[Encoded] = pool, drawn: Any = drawn) -> list[Encoded]:
+            start = next(drawn) * options.batch % len(pool)
+            return pool[start : start + options.batch]
+
+        losses: list[Tensor] = []
+        while len(losses) < options.trajectory:
+            losses += train_round(lm, own, config, next_rows, watch)
+        found[name] = torch.stack(losses[: options.trajectory]).tolist()
+    pairs = list(zip(found["per-tensor"], found["kif"], strict=True))
+    return {
+        "steps": len(pairs),
+        "first_loss": pairs[0][1],
+        "last_loss": pairs[-1][1],
+        "largest_relative_difference": max(abs(a - b) / abs(a) for a, b in pairs),
+    }
+
+
+def table(contenders: dict[str, dict[str, Any]]) -> str:
+    """The results for people: medians over the rounds of all turns."""
+    names = ["data", "forward", "backward", *BOOKKEEPING, "other"]
+    lines = [f"{'contender':12}{'round ms':>10}{'tokens/s':>10}{'peak GiB':>10}" + "".join(f"{n:>10}" for n in names)]
+    for name, row in contenders.items():
+        parts = "".join(f"{row['parts_ms'][n]:10.1f}" if n in row["parts_ms"] else " " * 10 for n in names)
+        lines.append(
+            f"{name:12}{row['median_ms']:10.1f}{row['tokens_per_second']:10.0f}{row['peak_bytes'] / 2**30:10.2f}{parts}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(MODELS), default="tiny-t5")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512, help="tokens of a prompt")
+    parser.add_argument("--inner-steps", type=int, default=8)
+    parser.add_argument("--outer-steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds in a turn, after one untimed")
+    parser.add_argument("--turns", type=int, default=1, help="how often the contenders take turns")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the base model")
+    parser.add_argument("--trajectory", type=int, metavar="STEPS", help="compare losses over so many steps instead")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
+    parser.add_argument("--only", choices=CONTENDERS, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.only:
+        print(json.dumps(measure(options)))
+        return 0
+    settings = {name: value for name, value in vars(options).items() if name not in ("json", "only")}
+    document: dict[str, Any] = {"settings": settings, "environment": environment(torch.device(options.device))}
+    if options.trajectory:
+        document["trajectory"] = trajectory(options)
+        print(json.dumps(document["trajectory"]))
+    else:
+        document["contenders"] = _in_turns(options, list(arguments if arguments is not None else sys.argv[1:]))
+        print(table(document["contenders"]))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    return 0
+
+
+def _in_turns(options: argparse.Namespace, arguments: list[str]) -> dict[str, dict[str, Any]]:
+    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in options.contenders}
+    for _ in range(options.turns):
+        for name in options.contenders:
+            command = [sys.executable, "-m", "benchmarks.train_step", *arguments, "--only", name]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise RuntimeError(f"{name} failed: {done.stderr.strip().splitlines()[-1:]}")
+            turns[name].append(json.loads(done.stdout.splitlines()[-1]))
+    merged = {}
+    for name, results in turns.items():
+        middle = sorted(results, key=lambda result: result["median_ms"])[len(results) // 2]
+        merged[name] = {**middle, "round_ms": [ms for result in results for ms in result["round_ms"]]}
+    return merged
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak(device: torch.device) -> int:
+    from kif.run import peak_memory
+
+    return peak_memory(device)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

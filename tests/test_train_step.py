@@ -1,0 +1,55 @@
+"""The benchmark of a whole round at tiny sizes: it measures what it says, and both ways train alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import train_step
+
+SMALL = ["--length=8", "--batch=2", "--rounds=2", "--inner-steps=2", "--outer-steps=1", "--device=cpu"]
+
+
+@pytest.mark.parametrize("model", ["tiny-t5", "tiny-llama"])
+@pytest.mark.parametrize("name", train_step.CONTENDERS)
+def test_a_contender_is_measured(model: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if name == "trainer":
+        pytest.importorskip("accelerate")
+    assert train_step.main(["--model", model, *SMALL, "--only", name]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(found["round_ms"]) == 2 and min(found["round_ms"]) > 0
+    # 3 steps of 2 rows, 8 + 8 tokens each
+    assert found["tokens_per_second"] == pytest.approx(3 * 2 * 16 * 1e3 / found["median_ms"])
+    assert found["peak_bytes"] > 2**20
+    if name == "trainer":
+        assert found["parts_ms"] == {} and found["bookkeeping_share"] is None
+        return
+    assert set(found["parts_ms"]) == {"data", "forward", "backward", "optimizer", "threshold", "fusion", "other"}
+    assert sum(found["parts_ms"].values()) == pytest.approx(sum(found["round_ms"]) / 2)
+    assert min(found["parts_ms"].values()) >= 0 and 0 < found["bookkeeping_share"] < 100
+
+
+@pytest.mark.parametrize("model", ["tiny-t5", "tiny-llama"])
+def test_the_fast_path_trains_as_the_plain_one(model: str, tmp_path: Path) -> None:
+    target = tmp_path / "new" / "trajectory.json"
+    assert train_step.main(["--model", model, *SMALL, "--trajectory", "30", "--json", str(target)]) == 0
+    document = json.loads(target.read_text())
+    found = document["trajectory"]
+    assert found["steps"] == 30 and found["largest_relative_difference"] < 1e-2
+    assert found["first_loss"] != found["last_loss"]
+    assert document["settings"]["model"] == model and document["environment"]["torch"]
+
+
+def test_contenders_take_turns_in_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "round.json"
+    assert train_step.main([*SMALL, "--contenders", "kif", "--turns", "2", "--json", str(target)]) == 0
+    row = json.loads(target.read_text())["contenders"]["kif"]
+    assert len(row["round_ms"]) == 4
+    assert "kif" in capsys.readouterr().out
+
+
+def test_a_failing_contender_is_named() -> None:
+    with pytest.raises(RuntimeError, match="kif failed"):
+        train_step.main([*SMALL, "--contenders", "kif", "--batch", "0"])
