@@ -346,7 +346,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _peak(device: torch.device) -> int:
-    from kif.run import peak_memory
+    from kif.training import peak_memory
 
     return peak_memory(device)
 
