@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+
+# workers of pytest-xdist share the cores; before torch is imported
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from pathlib import Path
 from typing import Any
 
