@@ -17,7 +17,7 @@ import os
 import shutil
 import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,10 @@ PROBES: dict[str, dict[str, Any]] = {
 """Hyperparameters changed, to choose one or to find out what an effect comes from. Not run by default."""
 
 
+Cell = tuple[str, str, int]
+"""Row, order, seed."""
+
+
 def run_cell(config: RunConfig) -> dict[str, Any]:
     """One run, unless its folder holds a finished one."""
     from kif.configfile import load_config
@@ -107,7 +111,11 @@ def run_cell(config: RunConfig) -> dict[str, Any]:
 
 def summarise(cells: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation over the seeds of one variant and order."""
-    row: dict[str, Any] = {"seeds": [cell["seed"] for cell in cells], "steps": cells[0]["steps"]}
+    row: dict[str, Any] = {
+        "label": cells[0]["label"],
+        "seeds": [cell["seed"] for cell in cells],
+        "steps": cells[0]["steps"],
+    }
     for key in ("op", "bwt"):
         values = [cell[key] for cell in cells if cell[key] is not None]
         if values:
@@ -148,11 +156,82 @@ def _mean_std(value: dict[str, Any]) -> str:
     return f"{value['mean']:.1f}{spread}"
 
 
+def portable(config: RunConfig) -> dict[str, Any]:
+    """What a cell is known by on any machine: the settings that are not the default, model and data by name."""
+    from kif.training import INCIDENTAL, model_name
+
+    default = asdict(RunConfig())
+    settings: dict[str, Any] = {}
+    for name, value in asdict(config).items():
+        if isinstance(value, dict):
+            value = {part: inner for part, inner in value.items() if inner != default[name][part]}
+            if value:
+                settings[name] = value
+        elif name not in INCIDENTAL and value != default[name]:
+            settings[name] = value
+    return {**settings, "model": model_name(config.model), "data": Path(config.data or "").name}
+
+
+def plan(args: argparse.Namespace, rows: dict[str, dict[str, Any]]) -> dict[Cell, RunConfig]:
+    """Every cell's run, seed by seed, so that an interrupted table is even."""
+    rates = {row: float(lr) for row, lr in (text.rsplit("=", 1) for text in args.lr_of)}
+    cells: dict[Cell, RunConfig] = {}
+    for seed, order, variant in itertools.product(args.seeds, args.orders, args.variants):
+        config = RunConfig(
+            model=args.model,
+            data=args.data,
+            order=order,
+            seed=seed,
+            steps_per_task=args.steps,
+            limit_eval=args.rows,
+            eval_split=args.split,
+            batch_size=args.batch_size,
+            template=args.template,
+            max_length=args.max_length,
+            max_new_tokens=args.max_new_tokens,
+            lr=args.lr,
+            warmup_steps=10,
+            eval_batch_size=16,
+        )
+        config = replace(config, **rows[variant])
+        config = replace(config, lr=rates.get(variant, config.lr))
+        name = f"{variant}-{order}-{seed}-{args.split}-{config.lr}-{args.steps}"
+        folder = args.runs / "".join(c if c.isalnum() else "-" for c in name)
+        cells[variant, order, seed] = replace(config, output=str(folder))
+    return cells
+
+
+def document(args: argparse.Namespace, cells: dict[Cell, RunConfig], finished: dict[Cell, Any]) -> dict[str, Any]:
+    """What is written: settings, means over the seeds that are finished, and every cell."""
+    from kif.doctor import environment
+    from kif.training import model_name
+
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    settings["model"], settings["data"] = model_name(args.model), Path(args.data).name
+    for name in ("runs", "output", "known", "jobs"):
+        del settings[name]
+    summary: dict[str, dict[str, Any]] = {}
+    for variant, order in itertools.product(args.variants, args.orders):
+        done = [finished[variant, order, seed] for seed in args.seeds if (variant, order, seed) in finished]
+        if done:
+            summary.setdefault(variant, {})[order] = summarise(done)
+    return {
+        "settings": settings,
+        "environment": environment(),
+        "summary": summary,
+        "cells": [
+            {"row": key[0], "config": portable(config), "results": finished[key]}
+            for key, config in cells.items()
+            if key in finished
+        ],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=os.environ.get("KIF_DATA"), help="task folder; default KIF_DATA")
     parser.add_argument("--model", required=True, help="model folder")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write, anew after each cell")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of the single runs")
     parser.add_argument("--orders", nargs="+", default=["1", "3"], help="names of task orders")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -165,62 +244,37 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=64, help="longest text in tokens")
     parser.add_argument("--template", help="prompt, with {input}; default: the task folder's")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="longest generated answer")
-    parser.add_argument("--memory-fraction", type=float, default=0.02, help="share of a task's rows kept for replay")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=1e-3, help="of all rows without one of their own")
+    parser.add_argument("--lr-of", nargs="+", default=[], metavar="ROW=LR", help="learning rates of single rows")
+    parser.add_argument(
+        "--known", nargs="+", type=Path, default=[], metavar="FILE",
+        help="results, perhaps of another machine, whose cells are not run again",
+    )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
-    known = {**PROBES, **TABLES[args.table]}
+    rows = {**PROBES, **TABLES[args.table]}
     args.variants = args.variants or list(TABLES[args.table])
-    for variant in args.variants:
-        if variant not in known:
-            parser.error(f"no row {variant!r} in {args.table}; there are {', '.join(known)}")
+    for variant in [*args.variants, *(text.rsplit("=", 1)[0] for text in args.lr_of)]:
+        if variant not in rows:
+            parser.error(f"no row {variant!r} in {args.table}; there are {', '.join(rows)}")
 
-    cells: dict[tuple[str, str, int], RunConfig] = {}
-    for seed, order, variant in itertools.product(args.seeds, args.orders, args.variants):
-        name = "".join(
-            c if c.isalnum() else "-" for c in f"{variant}-{order}-{seed}-{args.split}-{args.lr}-{args.steps}"
-        )
-        config = RunConfig(
-            model=args.model,
-            data=args.data,
-            order=order,
-            seed=seed,
-            output=str(args.runs / name),
-            steps_per_task=args.steps,
-            limit_eval=args.rows,
-            eval_split=args.split,
-            batch_size=args.batch_size,
-            template=args.template,
-            max_length=args.max_length,
-            max_new_tokens=args.max_new_tokens,
-            memory_fraction=args.memory_fraction,
-            lr=args.lr,
-            warmup_steps=10,
-            eval_batch_size=16,
-        )
-        cells[variant, order, seed] = replace(config, **known[variant])
-
+    cells = plan(args, rows)
+    stored = [cell for path in args.known for cell in json.loads(path.read_text())["cells"]]
+    finished: dict[Cell, dict[str, Any]] = {
+        key: cell["results"] for key, config in cells.items() for cell in stored if cell["config"] == portable(config)
+    }
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    finished: dict[tuple[str, str, int], dict[str, Any]] = {}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(args.jobs) as pool:
-        futures = {pool.submit(run_cell, config): key for key, config in cells.items()}
+        futures = {pool.submit(run_cell, config): key for key, config in cells.items() if key not in finished}
         for future in as_completed(futures):
             key = futures[future]
             finished[key] = future.result()
             print(f"{len(finished)}/{len(cells)} {key}: OP {finished[key]['op']:.1f}", flush=True)
-
-    summary: dict[str, dict[str, Any]] = {}
-    for variant, order in itertools.product(args.variants, args.orders):
-        summary.setdefault(variant, {})[order] = summarise([finished[variant, order, seed] for seed in args.seeds])
-    from kif.doctor import environment
-
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    settings["model"], settings["data"] = Path(args.model).parent.name, Path(args.data).name
-    del settings["runs"], settings["output"]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    document = {"settings": settings, "environment": environment(), "summary": summary}
-    args.output.write_text(json.dumps(document, indent=1) + "\n")
-    print(table(summary))
+            args.output.write_text(json.dumps(document(args, cells, finished), indent=1) + "\n")
+    found = document(args, cells, finished)
+    args.output.write_text(json.dumps(found, indent=1) + "\n")
+    print(table(found["summary"]))
 
 
 if __name__ == "__main__":
