@@ -10,14 +10,30 @@ from kif.config import KIFConfig, RunConfig
 
 if TYPE_CHECKING:
     from kif.arena import ArenaError, ParameterArena
+    from kif.callback import KIFCallback
     from kif.engine import RecurrentKIF
     from kif.optimizer import OptimizerConfig
+    from kif.trainer import (
+        KIFArguments,
+        KIFMixin,
+        KIFSeq2SeqTrainer,
+        KIFSeq2SeqTrainingArguments,
+        KIFTrainer,
+        KIFTrainingArguments,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ArenaError",
+    "KIFArguments",
+    "KIFCallback",
     "KIFConfig",
+    "KIFMixin",
+    "KIFSeq2SeqTrainer",
+    "KIFSeq2SeqTrainingArguments",
+    "KIFTrainer",
+    "KIFTrainingArguments",
     "OptimizerConfig",
     "ParameterArena",
     "RecurrentKIF",
@@ -26,12 +42,19 @@ __all__ = [
     "metrics",
 ]
 
-# torch takes a second to import; `kif --help` and the configuration do not need it
+# torch takes a second to import; `kif --help` and the configuration do not need it, and the engine no transformers
 _LAZY = {
     "ArenaError": "kif.arena",
     "ParameterArena": "kif.arena",
     "RecurrentKIF": "kif.engine",
     "OptimizerConfig": "kif.optimizer",
+    "KIFCallback": "kif.callback",
+    "KIFArguments": "kif.trainer",
+    "KIFMixin": "kif.trainer",
+    "KIFSeq2SeqTrainer": "kif.trainer",
+    "KIFSeq2SeqTrainingArguments": "kif.trainer",
+    "KIFTrainer": "kif.trainer",
+    "KIFTrainingArguments": "kif.trainer",
 }
 
 

@@ -1,4 +1,4 @@
-"""The command `kif`: train, eval, report, compare, methods, demo, doctor.
+"""The command `kif`: train, eval, predict, memory, export, report, compare, methods, demo, doctor.
 
 Exit status: 0 only when all of it worked; 2 for bad usage, configuration or data, with one paragraph on stderr;
 1 for a run that failed; 130 when interrupted. Nothing heavy is imported before a command needs it.
@@ -100,6 +100,54 @@ def evaluate(argv: Sequence[str]) -> int:
     return 0
 
 
+def predict(argv: Sequence[str]) -> int:
+    """Answer the rows of a JSON-lines file or standard input with a finished run; one JSON object a line."""
+    parser = _parser("predict", predict)
+    parser.epilog = "Stops at the first line that cannot be used, with status 2; all lines before it are answered."
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("file", nargs="?", default="-", metavar="FILE", help="default: -, standard input")
+    parser.add_argument("--text", action="store_true", help="lines are inputs themselves, not JSON")
+    parser.add_argument("--task", metavar="TASK", help="task of the run that gives instruction, template and labels")
+    parser.add_argument("--eval-mode", choices=["generate", "rank"], help="how to answer (default: the run's)")
+    parser.add_argument("--checkpoint", type=_positive, metavar="N", help="the adapter after task N, counted from 1")
+    parser.add_argument("--batch-size", type=_positive, metavar="N", help="lines at once (default: eval_batch_size)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="new file (default: standard output)")
+    parser.add_argument("--model", metavar="MODEL", help="base model (default: the run's)")
+    parser.add_argument("--device", help="where to run (default: the run's)")
+    options = vars(parser.parse_args(argv))
+    for name in ("eval_mode", "model", "device"):
+        if options[name] is None:
+            del options[name]
+    from kif.predict import predict_file
+
+    predict_file(**options)
+    return 0
+
+
+def memory(argv: Sequence[str]) -> int:
+    """Show, export or remove the replay memory that a finished run keeps as text."""
+    from kif.stored import command
+
+    return command(_parser("memory", memory), argv)
+
+
+def export(argv: Sequence[str]) -> int:
+    """Merge a run's adapter into its base model and write a model folder that transformers loads by itself."""
+    parser = _parser("export", export)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("output", type=Path, metavar="OUT", help="folder to write, which must be empty")
+    parser.add_argument("--checkpoint", type=_positive, metavar="N", help="the adapter after task N, counted from 1")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], help="of the weights (default: the run's precision)")
+    parser.add_argument("--model", metavar="MODEL", help="base model (default: the run's)")
+    options = parser.parse_args(argv)
+    from kif.export import export as write_model
+
+    changes = {"model": options.model} if options.model else {}
+    loader = write_model(options.run, options.output, checkpoint=options.checkpoint, dtype=options.dtype, **changes)
+    print(f"written: {options.output}; it is loaded by {loader}.from_pretrained")
+    return 0
+
+
 def report(argv: Sequence[str]) -> int:
     """Compare finished runs: a table here, pictures and a merged results.json in a folder."""
     parser = _parser("report", report)
@@ -133,6 +181,8 @@ def compare(argv: Sequence[str]) -> int:
     base = parse_run_config(others)
     if base.resume:
         raise ValueError("a comparison goes on by itself where it stopped, run by run: give it no --resume")
+    if base.continue_from:
+        raise ValueError("a comparison trains from the start: give it no --from")
     from kif.compare import plan, run
     from kif.report import comparison_table, load_results, write_report
 
@@ -195,6 +245,9 @@ def doctor(argv: Sequence[str]) -> int:
 COMMANDS: dict[str, Command] = {
     "train": train,
     "eval": evaluate,
+    "predict": predict,
+    "memory": memory,
+    "export": export,
     "report": report,
     "compare": compare,
     "methods": methods,

@@ -317,6 +317,8 @@ class RunConfig:
         tasks: names of the tasks in training order, instead of `order`.
         output: run folder to write; must not hold a run already, unless it is resumed.
         resume: continue the interrupted run in `output` from its last checkpoint, with otherwise equal settings.
+        continue_from: folder of a finished run to continue with further tasks; on the command line also `--from`.
+            What was learned, replay memory, method, model and adapter settings come from it.
         checkpoint_rounds: rounds between checkpoints within a task. Default: checkpoints at the end of tasks only.
         seed: seed of everything random (adapter init, dropout, shuffling, replay memory).
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ...
@@ -386,6 +388,7 @@ class RunConfig:
     tasks: list[str] = field(default_factory=list)
     output: str = "runs/latest"
     resume: bool = False
+    continue_from: str | None = None
     checkpoint_rounds: int | None = None
     seed: int = 0
     device: str = "auto"

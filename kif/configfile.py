@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import functools
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,10 @@ from kif.config import PRESETS, SECTIONS, KIFConfig, RunConfig
 
 # Names of the same thing in transformers' TrainingArguments that difflib would not connect.
 _SYNONYMS = {"learning_rate": "lr", "num_train_epochs": "epochs", "max_steps": "steps_per_task", "bf16": "precision"}
+
+
+OF_ONE_RUN = ("order", "tasks", "output", "resume", "continue_from", "checkpoint_rounds")
+"""Fields that a run does not take from the one it continues."""
 
 
 class ConfigError(ValueError):
@@ -52,6 +57,7 @@ def parse_run_config(argv: Sequence[str]) -> RunConfig:
     """The run that the options of `kif train` describe: `--config x.yaml --lr 1e-3 --kif.outer-steps 4`.
 
     `data` falls back to the environment variable KIF_DATA. A preset on the command line replaces the file's `kif`.
+    With `--from RUN`, another name of `--continue-from`, what is not given comes from that run's own configuration.
 
     Raises ConfigError as `load_config` does, for unknown options, and where model or data are not given. An
     option value of the wrong type, and --help, end in SystemExit after a message, as in argparse.
@@ -61,8 +67,16 @@ def parse_run_config(argv: Sequence[str]) -> RunConfig:
     early = argparse.ArgumentParser(prog="kif train", add_help=False, allow_abbrev=False)
     early.add_argument("--config")
     early.add_argument("--kif.preset", dest="preset")
-    chosen, _ = early.parse_known_args(list(argv))
+    early.add_argument("--continue-from", "--continue_from", dest="continue_from")
+    argv = [re.sub(r"^--from(?==|$)", "--continue-from", argument) for argument in argv]
+    chosen, _ = early.parse_known_args(argv)
     source = _read_yaml(Path(chosen.config)) if chosen.config is not None else _Source("", {}, {})
+    earlier = chosen.continue_from or source.values.get("continue_from")
+    if earlier is not None:
+        inherited = _read_yaml(Path(str(earlier)) / "config.yaml").values
+        own = {key for key in inherited if "kif.preset" in source.values and key.startswith("kif.")}
+        left = {key: value for key, value in inherited.items() if key not in {*OF_ONE_RUN, *own}}
+        source.values = {**left, **source.values}
     if chosen.preset is not None:
         _nearest_or_raise(chosen.preset, PRESETS, "command line: unknown preset")
         # a run's own config.yaml spells out every switch; a preset asked for here must not lose against them
@@ -75,7 +89,7 @@ def parse_run_config(argv: Sequence[str]) -> RunConfig:
     default = _RunOptions(**{**values, "kif": _KIFOptions(**dataclasses.asdict(base.kif), preset=preset)})
     options, unknown = tyro.cli(
         _RunOptions,
-        args=list(argv),
+        args=argv,
         default=default,
         prog="kif train",
         description="Train a model on a sequence of tasks and write a run folder: config, environment, metrics, "

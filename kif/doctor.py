@@ -24,7 +24,8 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "kernels": ("triton",),
     "bnb": ("bitsandbytes",),
     "bench": ("pytest", "pytest-benchmark"),
-    "dev": ("hypothesis", "mypy", "pre-commit", "ruff"),
+    "trl": ("trl",),
+    "dev": ("hypothesis", "mypy", "pre-commit", "pytest-xdist", "ruff"),
 }  # fmt: skip
 """Distributions by the extra of `recurrent-kif` that installs them, as in pyproject.toml."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import kif_kernels
 from kif.arena import ParameterArena
@@ -55,6 +55,13 @@ class RecurrentKIF:
             self._segments = kif_kernels.Segments.of([(s.start, s.numel) for s in arena.segments])
         self._selection = self._new_selection()
         self.begin_task()
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, config: KIFConfig | None = None, optimizer: OptimizerConfig | None = None
+    ) -> RecurrentKIF:
+        """An engine on an arena of the model's trainable parameters."""
+        return cls(ParameterArena.of(model), config, optimizer)
 
     @property
     def skipped(self) -> Tensor:

@@ -45,6 +45,11 @@ class ReplayMemory:
         self.indices[task] = sorted(order[:size])
         self._rows[task] = [rows[i] for i in self.indices[task]]
 
+    def restore(self, task: str, rows: Sequence[Encoded]) -> None:
+        """Hold these rows of a task that an earlier run finished."""
+        self.indices[task] = list(range(len(rows)))
+        self._rows[task] = list(rows)
+
     def rows(self) -> list[Encoded]:
         """All rows of all remembered tasks, in the order the tasks were added."""
         return [row for rows in self._rows.values() for row in rows]

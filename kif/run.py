@@ -6,13 +6,14 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kif import stored
 from kif.checkpoint import Checkpoints, State, difference
 from kif.config import SECTIONS, RunConfig
 from kif.distributed import broadcast_, first_process_first, local_device, world
@@ -21,7 +22,8 @@ from kif.families import LanguageModel
 from kif.methods import METHODS, Method
 from kif.models import load_language_model
 from kif.progress import Progress
-from kif.tasks import Task, hold_out, limit_rows, load_order, load_tasks
+from kif.stored import Earlier, KnownTask
+from kif.tasks import Example, Task, hold_out, limit_rows, load_order, load_tasks
 from kif.tokenization import TokenCache, cache_folder, content_key
 from kif.training import INCIDENTAL, RunLog, Training, checkpoint_folder, eval_rows, evaluate_task
 
@@ -46,6 +48,25 @@ def prepare_tasks(config: RunConfig) -> list[Task]:
     return [replace(task, train=limit_rows(task.train, config.limit_train, f"{task.name}/train")) for task in tasks]
 
 
+def known_tasks(config: RunConfig, known: Sequence[KnownTask]) -> list[Task]:
+    """Tasks that earlier runs learned, with their rows where the data folder holds them, else without any.
+
+    Raises: DataError for anything wrong in the files; ValueError where metric or labels are not those learned.
+    """
+    folder = cache_folder(config.cache_dir) / "hub" if config.data == "hub" else Path(config.data or "")
+    there = [task.name for task in known if (folder / task.name).is_dir()]
+    found = {task.name: task for task in prepare_tasks(replace(config, order=None, tasks=there))} if there else {}
+    tasks = []
+    for before in known:
+        task = found.get(before.name, before.task())
+        for what in ("metric", "labels"):
+            old, new = getattr(before, what), getattr(task, what)
+            if old != new:
+                raise ValueError(f"task {task.name!r} was learned with {what}={old!r}, {folder} has {new!r}")
+        tasks.append(replace(task, template=before.template))
+    return tasks
+
+
 def data_folder(config: RunConfig) -> Path:
     """The folder of the tasks; `hub` downloads them first. Raises: ValueError without order or tasks."""
     assert config.data is not None
@@ -65,13 +86,16 @@ def data_folder(config: RunConfig) -> Path:
 def train(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
     """Train the configured method on the task sequence, evaluating after each task; returns results.json's content.
 
-    Writes the run folder `config.output`: config.yaml, environment.json, metrics.jsonl, checkpoints/, adapter/ and,
-    last, results.json; meanwhile also state/, from which `config.resume` continues. On the same device a resumed run
-    ends as one that was not interrupted, bit for bit where the device's kernels are deterministic. Within
-    `kif.distributed.process_group` all processes train together and the first one writes.
+    Writes the run folder `config.output`: config.yaml, environment.json, metrics.jsonl, checkpoints/, adapter/, what
+    `kif.stored` describes and, last, results.json; meanwhile also state/, from which `config.resume` continues. On the
+    same device a resumed run ends as one that was not interrupted, bit for bit where the device's kernels are
+    deterministic; so does one that continues another (`config.continue_from`), as one run over all tasks, where
+    neither the classes of an encoder nor the experts of MoELoRA depend on their number. Steps and seconds are its own;
+    old tasks whose data are gone are not scored. Within `kif.distributed.process_group` all processes train together
+    and the first one writes.
     Raises: ValueError or DataError before training for anything wrong in configuration or data, and where a run to
-        resume was begun with others; FileExistsError when the folder holds a run; FileNotFoundError when there is
-        nothing to resume.
+        resume or to continue was begun with others; FileExistsError when the folder holds a run; FileNotFoundError
+        when there is nothing to resume or continue.
     """
     from kif.configfile import check_inputs, dump_config
     from kif.doctor import environment
@@ -84,12 +108,18 @@ def train(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
     with first_process_first():
         if rank == 0 and not config.resume:
             check_unused(output)
-        tasks = prepare_tasks(config)
+        earlier = stored.read_earlier(Path(config.continue_from)) if config.continue_from else None
+        tasks, new = _all_tasks(config, earlier)
     torch.manual_seed(config.seed)
     method_type = METHODS[config.method]
-    adapter = method_type.adapter_config(replace(config, device=local_device(config.device)), len(tasks))
+    adapter_tasks = earlier.adapter_tasks if earlier is not None else len(tasks)
+    adapter = method_type.adapter_config(replace(config, device=local_device(config.device)), adapter_tasks)
     lm = load_language_model(adapter, {task.name: task.labels for task in tasks})
+    if earlier is not None:
+        stored.check_classes(lm, config, earlier.tasks)
     method = method_type(lm, config)
+    if earlier is not None:
+        stored.check_method(method, tasks)
     broadcast_(method.arena.data)
     if rank > 0:
         # rows of different processes get different dropout
@@ -98,13 +128,16 @@ def train(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
     with first_process_first():
         if rank == 0:
             warn_unused(config, method)
-        encoded = {task.name: cache.encode(lm, task, task.train) for task in tasks}
-        for task in tasks:  # what cannot be scored must be known before training, not after
+        encoded = {task.name: cache.encode(lm, task, task.train) for task in new}
+        scored = [task for task in tasks if task.train]
+        for task in scored:  # what cannot be scored must be known before training, not after
             check_scoring(lm, task, config.eval_mode)
             cache.encode(lm, task, eval_rows(config, task))
+        if earlier is not None:
+            earlier = _still_valid(config, earlier, tasks)
 
     checkpoints = Checkpoints(output / STATE)
-    identity = _identity(config, tasks, lm)
+    identity = _identity(config, tasks, lm, earlier.memory if earlier is not None else {})
     state = _resumed(config, checkpoints, identity, lm.device) if config.resume else None
     if rank == 0 and state is None:
         output.mkdir(parents=True, exist_ok=True)
@@ -112,10 +145,18 @@ def train(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
         place = {"device": str(lm.device), "processes": size, "seed": config.seed}
         write_json(output / "environment.json", {**environment(), **place})
     with Progress(progress and rank == 0) as bar, RunLog(output / "metrics.jsonl", bar, state) as log:
-        training = Training(config, tasks, lm, method, encoded, cache, log, bar, checkpoints, identity)
+        training = Training(config, tasks, lm, method, encoded, cache, log, bar, checkpoints, identity, earlier)
         results = training.run(state)
+    final = training.final()
     if rank == 0:
         method.save_adapter(output / "adapter")
+        old = {task.name: task for task in earlier.tasks} if earlier is not None else {}
+        learned = [
+            stored.known_task(task, eval_rows(config, task), old.get(task.name)) if task.train else old[task.name]
+            for task in tasks
+        ]
+        replays = "memory_fraction" not in method.unused
+        stored.keep(output, learned, adapter_tasks, training.remembered() if replays else {}, final)
         write_json(output / RESULTS, results)
         shutil.rmtree(checkpoints.folder)
     return results
@@ -148,7 +189,8 @@ def evaluate_run(
     config = check_inputs(replace(trained, **changes))
     if config.eval_split == "heldout" and trained.eval_split != "heldout":
         raise ValueError(f"{run} was trained on all training rows: none are held out to score (eval_split heldout)")
-    tasks = prepare_tasks(config)
+    # a continued run was trained on tasks that its configuration does not name
+    tasks = known_tasks(config, stored.read_tasks(run)[0]) if config.continue_from else prepare_tasks(config)
     if checkpoint is not None:
         if not 1 <= checkpoint <= len(tasks):
             raise ValueError(f"checkpoint must lie between 1 and {len(tasks)}, got {checkpoint}")
@@ -159,13 +201,16 @@ def evaluate_run(
     cache = TokenCache(cache_folder(config.cache_dir))
     start = time.perf_counter()
     scores = []
+    scored = [task for task in tasks if task.train]
+    if not scored:
+        raise ValueError(f"{config.data} holds none of the tasks of {run}: {', '.join(task.name for task in tasks)}")
     with Progress(progress) as bar:
-        for task in tasks:
+        for task in scored:
             bar.start(f"scoring {task.name}")
             scores.append(evaluate_task(config, lm, task, cache).score)
     return {
         "adapter": str(folder),
-        "tasks": [task.name for task in tasks],
+        "tasks": [task.name for task in scored],
         "scores": scores,
         "op": sum(scores) / len(scores),
         "seconds": time.perf_counter() - start,
@@ -192,7 +237,7 @@ def with_absolute_folders(config: RunConfig) -> RunConfig:
     """
     found: dict[str, Any] = {
         name: str(Path(value).resolve())
-        for name, value in (("model", config.model), ("data", config.data))
+        for name, value in (("model", config.model), ("data", config.data), ("continue_from", config.continue_from))
         if value and Path(value).is_dir()
     }
     return replace(config, resume=False, **found)
@@ -208,7 +253,46 @@ def warn_unused(config: RunConfig, method: Method) -> None:
         warnings.warn(f"no effect with {method.name} and this model: {', '.join(unused)}", stacklevel=3)
 
 
-def _identity(config: RunConfig, tasks: Sequence[Task], lm: LanguageModel) -> State:
+def _all_tasks(config: RunConfig, earlier: Earlier | None) -> tuple[list[Task], list[Task]]:
+    """(all tasks from the first one learned on, those to train). Raises: ValueError for what cannot be continued."""
+    if earlier is None:
+        tasks = prepare_tasks(config)
+        return tasks, tasks
+    stored.check_continues(config, earlier)
+    new = prepare_tasks(config)
+    known = {task.name for task in earlier.tasks}
+    again = [task.name for task in new if task.name in known]
+    if again:
+        raise ValueError(f"{earlier.run} has learned task {again[0]!r} already: name new tasks only")
+    return [*known_tasks(config, earlier.tasks), *new], new
+
+
+def _still_valid(config: RunConfig, earlier: Earlier, tasks: Sequence[Task]) -> Earlier:
+    """`earlier` with only those of its scores that the same rows and settings gave; says which tasks lack scores."""
+    then = earlier.config
+    same = then.eval_mode == config.eval_mode and then.max_new_tokens == config.max_new_tokens
+    old = [(known, task) for known, task in zip(earlier.tasks, tasks, strict=False) if task.train]
+    valid = {
+        known.name for known, task in old if same and known.scored == stored.rows_key(task, eval_rows(config, task))
+    }
+    absent = [task.name for task in tasks if not task.train]
+    changed = [task.name for _, task in old if task.name not in valid]
+    if world()[0] == 0:
+        if absent:
+            warnings.warn(f"not scored, since {config.data} does not hold them: {', '.join(absent)}", stacklevel=3)
+        if changed:
+            warnings.warn(
+                f"scored otherwise than in {earlier.run}, so without its scores: {', '.join(changed)}", stacklevel=3
+            )
+    accuracy = {key: score for key, score in earlier.accuracy.items() if key[0] in valid}
+    return replace(
+        earlier, accuracy=accuracy, zero_shot={name: s for name, s in earlier.zero_shot.items() if name in valid}
+    )
+
+
+def _identity(
+    config: RunConfig, tasks: Sequence[Task], lm: LanguageModel, memory: Mapping[str, Sequence[Example]]
+) -> State:
     """What must be equal for a run to be continued: configuration, data by content, number of processes."""
     settings = asdict(with_absolute_folders(config))
     for name in (*INCIDENTAL, "data"):
@@ -216,7 +300,10 @@ def _identity(config: RunConfig, tasks: Sequence[Task], lm: LanguageModel) -> St
     data = {
         task.name: {
             f"{len(rows)} rows to {use}": content_key(lm, task, rows)
-            for use, rows in (("train", task.train), ("score", eval_rows(config, task)))
+            for use, rows in (
+                ("replay", memory[task.name]) if task.name in memory else ("train", task.train),
+                ("score", eval_rows(config, task) if task.train else ()),
+            )
         }
         for task in tasks
     }

@@ -23,6 +23,7 @@ from kif.loop import Record, train_phase
 from kif.memory import ReplayMemory
 from kif.methods import Method
 from kif.progress import Progress
+from kif.stored import Earlier, read_state
 from kif.tasks import Example, Task, limit_rows
 from kif.tokenization import TokenCache
 
@@ -71,7 +72,10 @@ class RunLog:
 
 
 class Training:
-    """The phases of a run one after another, each followed by its scores, from the start or from a checkpoint."""
+    """The phases of a run one after another, each followed by its scores, from the start or from a checkpoint.
+
+    With `earlier`, `tasks` begins with the tasks of that run; those without rows are not scored.
+    """
 
     def __init__(
         self,
@@ -85,12 +89,15 @@ class Training:
         bar: Progress,
         checkpoints: Checkpoints,
         identity: State,
+        earlier: Earlier | None = None,
     ) -> None:
         self.config, self.tasks, self.lm, self.method, self.encoded = config, tasks, lm, method, encoded
         self.cache, self.log, self.bar, self.checkpoints, self.identity = cache, log, bar, checkpoints, identity
+        self.earlier = earlier
         self.names = [task.name for task in tasks]
+        self.scored = [row for row, task in enumerate(tasks) if task.train]
         self.memory = ReplayMemory(config.memory_fraction, config.memory_balanced, config.seed)
-        self.zero_shot: list[float] | None = None
+        self.zero_shot: list[float | None] | None = None
         self.accuracy: list[list[float | None]] = [[None] * len(tasks) for _ in tasks]
         self.seconds = {"train": 0.0, "evaluate": 0.0}
         self.steps = {"inner": 0, "outer": 0}
@@ -100,14 +107,18 @@ class Training:
 
     def run(self, state: State | None) -> dict[str, Any]:
         """Train and score from checkpoint `state` on; returns results.json's content."""
+        if self.earlier is not None:
+            for task in self.tasks[: len(self.earlier.tasks)]:
+                self.memory.restore(task.name, self.lm.encode(task, self.earlier.memory[task.name]))
         if state is not None:
             self._restore(state)
-        elif self.config.eval_forward:
-            self.bar.start("before training")
-            self.zero_shot = [self._score(row, None) for row in range(len(self.tasks))]
-        last = -1
+        else:
+            self._begin()
+        last, before = -1, len(self.earlier.tasks) if self.earlier is not None else 0
         for index, phase in enumerate(self.method.phases(self.tasks)):
             first, last = last + 1, last + len(phase)
+            if index < before:
+                continue
             if state is None or index >= state["phase"]:
                 resumed = state if state is not None and index == state["phase"] else None
                 self._phase(index, phase, first, last, resumed)
@@ -116,9 +127,42 @@ class Training:
                 continue
             if world()[0] == 0:
                 self.method.save_adapter(checkpoint_folder(Path(self.config.output), last, self.names[last]))
-            for row in range(last + 1):
-                self.accuracy[row][last] = self._score(row, last)
+            for row in self.scored:
+                if row <= last:
+                    self.accuracy[row][last] = self._score(row, last)
         return self._results()
+
+    def remembered(self) -> dict[str, list[Example]]:
+        """The replay memory's rows as they were read."""
+        old = self.earlier.memory if self.earlier is not None else {}
+        return {
+            task.name: list(old[task.name])
+            if task.name in old
+            else [task.train[i] for i in self.memory.indices[task.name]]
+            for task in self.tasks
+        }
+
+    def final(self) -> State:
+        """What a run that continues this one begins with; all processes must call it."""
+        return {"method": self.method.state_dict(), "random": random_state(self.lm.device)}
+
+    def _begin(self) -> None:
+        """Take over what an earlier run learned and scored; before that, score the untrained model if wanted."""
+        earlier, config = self.earlier, self.config
+        if config.eval_forward:
+            self.bar.start("before training")
+            known = earlier.zero_shot if earlier is not None else {}
+            self.zero_shot = [None] * len(self.tasks)
+            for row in self.scored:
+                name = self.names[row]
+                self.zero_shot[row] = known[name] if name in known else self._score(row, None)
+        if earlier is None:
+            return
+        state = read_state(earlier.run, self.lm.device)
+        self.method.load_state_dict(state["method"])
+        if len(state["random"]) == world()[1]:
+            restore_random_state(state["random"], self.lm.device)
+        self.accuracy = [[earlier.accuracy.get((task, after)) for after in self.names] for task in self.names]
 
     def _phase(self, index: int, phase: Sequence[Task], first: int, last: int, state: State | None) -> None:
         """Train phase `index`, of the tasks `first` to `last`, or what a checkpoint in it leaves to be trained."""
@@ -202,17 +246,21 @@ class Training:
         return {name: self.stopwatch.get(name, 0.0) + now.get(name, 0.0) for name in {**self.stopwatch, **now}}
 
     def _results(self) -> dict[str, Any]:
-        config, accuracy = self.config, self.accuracy
+        config, scored = self.config, self.scored
+        accuracy = [[self.accuracy[row][column] for column in scored] for row in scored]
+        # of the tasks that are scored none is missing
+        zero_shot = [z for row in scored if (z := self.zero_shot[row]) is not None] if self.zero_shot else None
         return {
             "method": self.method.name,
             "label": self.method.label,
             "model": model_name(config.model),
-            "tasks": self.names,
+            "tasks": [self.names[row] for row in scored],
             "accuracy": accuracy,
             "op": metrics.overall_performance(accuracy),
-            "bwt": metrics.backward_transfer(accuracy),
-            "fwt": metrics.forward_transfer(accuracy, self.zero_shot) if self.zero_shot else None,
-            "zero_shot": self.zero_shot,
+            # of a continued run some of what these need may not have been measured
+            "bwt": metrics.backward_transfer(accuracy) if _measured(accuracy, 0) else None,
+            "fwt": metrics.forward_transfer(accuracy, zero_shot) if zero_shot and _measured(accuracy, 1) else None,
+            "zero_shot": zero_shot,
             "seconds": self._elapsed(),
             "time": {**self.seconds, **self._stopwatch()},
             "steps": self.steps,
@@ -223,6 +271,11 @@ class Training:
             "eval_mode": config.eval_mode,
             "settings": settings_key(config),
         }
+
+
+def _measured(accuracy: metrics.AccuracyMatrix, ahead: int) -> bool:
+    """Whether every task but the first or last was scored right after its training or, with `ahead` 1, before it."""
+    return all(accuracy[i + ahead][i] is not None for i in range(len(accuracy) - 1))
 
 
 def evaluate_task(config: RunConfig, lm: LanguageModel, task: Task, cache: TokenCache) -> Evaluation:
@@ -264,6 +317,6 @@ def model_name(model: str) -> str:
 
 def settings_key(config: RunConfig) -> str:
     """Short hash of what must be equal for two runs of a method and sequence to be repetitions of each other."""
-    named = {"method", "model", "data", "order", "tasks", "eval_split", "eval_mode", *SECTIONS}
+    named = {"method", "model", "data", "order", "tasks", "eval_split", "eval_mode", "continue_from", *SECTIONS}
     content = {name: value for name, value in asdict(config).items() if name not in named | {"seed", *INCIDENTAL}}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]

@@ -29,6 +29,12 @@ def test_the_engine_needs_torch_alone() -> None:
     run_without(tuple(name for name in HEAVY if name != "numpy"), "import kif; kif.RecurrentKIF; kif.KIFConfig()")
 
 
+def test_trainer_names_are_found_without_importing_transformers() -> None:
+    code = "import kif; assert 'KIFTrainer' in kif.__all__; import kif.engine\n"
+    code += "try:\n    kif.KIFTrainer\nexcept ImportError as error:\n    assert 'transformers' in str(error)"
+    run_without(("transformers",), code)
+
+
 def test_modules_import_without_optional_packages() -> None:
     names = ["arena", "config", "engine", "loop", "run", "models", "evaluate", "cli", "report", "demo", "hub", "doctor"]
     code = f"import importlib\nfor name in {names!r}: importlib.import_module('kif.' + name)"

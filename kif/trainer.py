@@ -1,0 +1,418 @@
+"""Recurrent-KIF in transformers' Trainer: `KIFTrainer`, or `KIFMixin` for a Trainer of one's own.
+
+The Trainer's loop makes the inner steps: its optimizer is `KIFOptimizer`, whose `step` is the engine's. After the Q-th
+one a callback makes the outer steps, by the Trainer's own `training_step` on batches of the memory, and fuses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, get_args, get_type_hints
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, Subset
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
+
+from kif.arena import ParameterArena
+from kif.config import KIFConfig
+from kif.engine import RecurrentKIF
+from kif.memory import ReplayMemory
+from kif.optimizer import OptimizerConfig
+
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+"""Values of `optim` that name what the engine does: AdamW in fp32."""
+
+
+@dataclass
+class KIFArguments:
+    """The fields that Recurrent-KIF adds to a class of training arguments: `class Mine(KIFArguments, SFTConfig)`.
+
+    Of the arguments that are there, `learning_rate`, its schedule and warm-up hold for inner steps and, at the value of
+    the round's last inner step, for outer ones; `max_steps`, `save_steps`, `logging_steps` and the like count inner
+    steps; batch size and gradient accumulation hold for both kinds of steps; `weight_decay` holds for all
+    trainable parameters, biases and norms too.
+
+    Args:
+        kif: switches of the method: a KIFConfig; a dict of its fields, in which `preset` may name the set that the
+            others change; or a string: such a dict as JSON, or a preset's name. It is kept as a dict of all fields, one
+            entry in `to_dict`, checkpoints and trackers, as transformers does it for `lr_scheduler_kwargs`.
+        outer_learning_rate: peak learning rate of outer steps. Default: `learning_rate`.
+
+    Raises: ValueError for an unknown switch or value, for `optim` other than AdamW, fp16, DeepSpeed, FSDP and the
+        other kinds of sharding.
+    """
+
+    # the parser of transformers takes the second type for the command line
+    kif: KIFConfig | str | dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Switches of Recurrent-KIF: a preset's name, or fields of KIFConfig as JSON."},
+    )
+    outer_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of outer steps. Default: learning_rate."}
+    )
+
+    def __post_init__(self) -> None:
+        self.kif = asdict(kif_config(self.kif))
+        given: Any = self
+        if self.outer_learning_rate is not None and min(self.outer_learning_rate, given.learning_rate) <= 0:
+            raise ValueError(f"outer_learning_rate and learning_rate must be positive, got {self.outer_learning_rate}")
+        if given.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+            raise ValueError(_sharded("DeepSpeed"))
+        if given.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+            raise ValueError(_sharded("FSDP"))
+        if getattr(given, "parallelism_config", None) is not None:
+            raise ValueError(_sharded("parallelism_config"))
+        if given.fp16:
+            raise ValueError("fp16 does not work with Recurrent-KIF: use bf16=True or fp32")
+        if given.optim not in OPTIMIZERS or given.optim_args or given.optim_target_modules:
+            raise ValueError(
+                f"optim={given.optim!r} does not work with Recurrent-KIF, which has AdamW with importances in one "
+                "pass: leave out optim, optim_args and optim_target_modules"
+            )
+        super().__post_init__()  # type: ignore[misc]
+
+
+@dataclass
+class KIFTrainingArguments(KIFArguments, TrainingArguments):
+    """TrainingArguments with the switches of Recurrent-KIF."""
+
+
+@dataclass
+class KIFSeq2SeqTrainingArguments(KIFArguments, Seq2SeqTrainingArguments):
+    """Seq2SeqTrainingArguments with the switches of Recurrent-KIF."""
+
+
+def kif_config(value: KIFConfig | str | dict[str, Any] | None) -> KIFConfig:
+    """The switches as `KIFArguments.kif` takes them. Raises: ValueError naming what is wrong."""
+    if isinstance(value, str):
+        value = json.loads(value) if value.lstrip().startswith("{") else {"preset": value}
+    given = asdict(value) if isinstance(value, KIFConfig) else dict(value or {})
+    preset = given.pop("preset", "paper")
+    known = {entry.name for entry in fields(KIFConfig)}
+    hints = get_type_hints(KIFConfig)
+    for name, entry in given.items():
+        if name not in known:
+            raise ValueError(f"kif has no switch {name!r}; there are preset, {', '.join(sorted(known))}")
+        choices = get_args(hints[name])
+        if choices and entry not in choices:
+            raise ValueError(f"kif.{name} must be one of {', '.join(choices)}, got {entry!r}")
+        if not choices and (isinstance(entry, bool) or not isinstance(entry, (int, hints[name]))):
+            raise ValueError(f"kif.{name} must be of type {hints[name].__name__}, got {entry!r}")
+    return KIFConfig.preset(preset, **given)
+
+
+class MemoryStream(Iterator[Any]):
+    """Endless batches of the replay memory, epoch after epoch.
+
+    Args:
+        loader: a data loader; with `set_epoch`, if the order depends on the epoch.
+    """
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+        self.epoch = self.position = 0
+        self._batches: Iterator[Any] | None = None
+
+    def __next__(self) -> Any:
+        """The next batch. Raises: ValueError when an epoch has none."""
+        batch = next(self.open(), None)
+        if batch is None:
+            self.load_state_dict({"epoch": self.epoch + 1, "position": 0})
+            batch = next(self.open(), None)
+        if batch is None:
+            raise ValueError("memory_dataset gives no batch: it is empty, or drop_last drops its only one")
+        self.position += 1
+        return batch
+
+    def open(self) -> Iterator[Any]:
+        """Start the epoch's iterator where the stream stands; this may draw random numbers."""
+        if self._batches is None:
+            if hasattr(self.loader, "set_epoch"):
+                self.loader.set_epoch(self.epoch)
+            self._batches = iter(self.loader)
+            for _ in range(self.position):
+                next(self._batches, None)
+        return self._batches
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the stream stands."""
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+        self._batches = None
+
+
+class KIFOptimizer(torch.optim.Optimizer):
+    """What the Trainer, its schedule and its checkpoints see of the engine: one group with a learning rate.
+
+    `step` is an inner step, or without memory a plain one; gradients are clipped in it. `state_dict` holds
+    the engine (weights, moments, importances, snapshots, counts: a round may be in progress) and the memory's position,
+    as tensors and numbers only.
+
+    Args:
+        model: its trainable parameters go into an arena.
+        config: switches of the method.
+        optimizer: hyperparameters of AdamW.
+        lr: peak learning rate.
+        memory: batches of the replay memory, if there is one.
+
+    Attributes:
+        engine: the engine, on an arena of its own.
+        inner_done: inner steps of the present round.
+        last_lr: learning rate of the last inner step.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: KIFConfig, optimizer: OptimizerConfig, lr: float, memory: MemoryStream | None
+    ) -> None:
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.engine = RecurrentKIF(ParameterArena.of(model), config, optimizer)
+        self.engine.arena.zero_grad()
+        self.memory = memory
+        self.inner_done, self.last_lr = 0, lr
+        super().__init__(self._parameters, {"lr": lr})
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """An inner step at the group's learning rate. Raises: ValueError for a closure, which it does not call."""
+        if closure is not None:
+            raise ValueError("KIFOptimizer takes no closure")
+        self.last_lr = float(self.param_groups[0]["lr"])
+        if self.memory is None:
+            self.engine.plain_step(self.last_lr)
+        else:
+            self.engine.inner_step(self.last_lr)
+            self.inner_done += 1
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Gradients become zeros in the arena, also with `set_to_none`."""
+        self.engine.arena.zero_grad()
+        self.attach_gradients()
+
+    def attach_gradients(self) -> None:
+        """Have backward add into the arena again after `model.zero_grad`, which sets gradients to None."""
+        arena = self.engine.arena
+        for parameter, (_, view) in zip(self._parameters, arena.views(arena.grad), strict=True):
+            if parameter.grad is None:
+                parameter.grad = view
+
+    def state_dict(self) -> dict[str, Any]:
+        kif = {"engine": self.engine.state_dict(), "inner_done": self.inner_done, "last_lr": self.last_lr}
+        if self.memory is not None:
+            kif["memory"] = self.memory.state_dict()
+        return {**super().state_dict(), "kif": kif}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue. Raises: ValueError for a state of another optimizer, or with memory where there is none."""
+        if "kif" not in state_dict:
+            raise ValueError(
+                "the checkpoint's optimizer is not Recurrent-KIF's: train() without it, or with its Trainer"
+            )
+        kif = state_dict["kif"]
+        if ("memory" in kif) != (self.memory is not None):
+            raise ValueError(
+                "the checkpoint was made with memory_dataset and now there is none, or the other way round"
+            )
+        super().load_state_dict({name: state_dict[name] for name in ("state", "param_groups")})
+        self.engine.load_state_dict(kif["engine"])
+        self.inner_done, self.last_lr = kif["inner_done"], kif["last_lr"]
+        if self.memory is not None:
+            self.memory.load_state_dict(kif["memory"])
+
+
+class _Rounds(TrainerCallback):
+    """Ends the trainer's rounds. After the optimizer's step and before the schedule's, checkpoints and evaluation."""
+
+    def __init__(self, trainer: KIFMixin) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # before the Trainer restores the random numbers of a checkpoint
+        if self.trainer.kif_optimizer.memory is not None:
+            self.trainer.kif_optimizer.memory.open()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        optimizer = self.trainer.kif_optimizer
+        last = state.global_step + 1 >= state.max_steps
+        if optimizer.inner_done and (last or optimizer.inner_done >= optimizer.engine.config.inner_steps):
+            self.trainer.end_round()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # stopped early; the best checkpoint's weights, if they were loaded, are not those of the round
+        best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        if self.trainer.kif_optimizer.inner_done and not best:
+            self.trainer.end_round()
+
+
+class KIFMixin:
+    """Recurrent-KIF for a subclass of Trainer: `class Mine(KIFMixin, SFTTrainer)`. `train()` trains one task.
+
+    Rounds of Q inner steps on `train_dataset` and M outer steps on `memory_dataset`, each round fused; the last round
+    of the task may have fewer inner steps. Without memory every step is plain AdamW, as for the first task.
+    `global_step` counts inner steps. Weights are the method's own at the end of a round; a checkpoint, evaluation or
+    `load_best_model_at_end` within one sees those of the inner loop, so make `save_steps` and `eval_steps` multiples of
+    Q. Checkpoints continue bit for bit anywhere, also within a round. A second `train()` starts the next task.
+
+    Several processes: the Trainer's data-parallel training. DeepSpeed, FSDP and DataParallel are refused.
+
+    Args:
+        args: training arguments with those of `KIFArguments`.
+        memory_dataset: rows of earlier tasks, in the form of the Trainer's (prepared) train_dataset; they are batched,
+            shuffled and collated as these. See `draw_memory`.
+        Others as the Trainer; it makes the optimizer itself.
+
+    Raises: TypeError for other arguments; ValueError for an optimizer, DeepSpeed, FSDP, DataParallel.
+    """
+
+    def __init__(self, model: Any = None, args: Any = None, *more: Any, memory_dataset: Any = None, **kwargs: Any):
+        if not isinstance(args, KIFArguments):
+            raise TypeError(
+                f"args must be KIFTrainingArguments, or of a class derived from KIFArguments, got {type(args).__name__}"
+            )
+        optimizer = (kwargs.get("optimizers") or (None, None))[0]
+        if optimizer is not None or kwargs.get("optimizer_cls_and_kwargs") is not None:
+            raise ValueError("Recurrent-KIF makes the optimizer; pass optimizers=(None, scheduler) or nothing")
+        self.memory_dataset = memory_dataset
+        self.kif_optimizer: KIFOptimizer
+        self._memory_loss, self._memory_steps = None, 0
+        super().__init__(model, args, *more, **kwargs)  # type: ignore[call-arg]
+        trainer: Any = self
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            raise ValueError(_sharded("DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP"))
+        if trainer.args.n_gpu > 1:
+            raise ValueError(
+                f"this process sees {trainer.args.n_gpu} GPUs, which the Trainer would use by DataParallel: "
+                "start one process for each with torchrun, or set CUDA_VISIBLE_DEVICES to one"
+            )
+        trainer.add_callback(_Rounds(self))
+
+    @property
+    def engine(self) -> RecurrentKIF:
+        """The engine of the task in training or trained last."""
+        return self.kif_optimizer.engine
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        # the Trainer clips through this; the engine clips within its step and scores the gradient as it was
+        self.accelerator.clip_grad_norm_ = self._gradient_norm  # type: ignore[attr-defined]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """A new arena and engine for the task; the Trainer calls it when training begins."""
+        trainer: Any = self
+        args, model = trainer.args, trainer.model if model is None else model
+        optimizer = OptimizerConfig(
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+            max_grad_norm=args.max_grad_norm,
+        )
+        self.kif_optimizer = KIFOptimizer(
+            model, kif_config(args.kif), optimizer, args.learning_rate, self._memory_stream()
+        )
+        trainer.optimizer = self.kif_optimizer
+        return self.kif_optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.kif_optimizer.attach_gradients()
+        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        return loss
+
+    def end_round(self) -> None:
+        """The outer steps of the round and its fusion; called by the training loop."""
+        optimizer, args = self.kif_optimizer, self.args  # type: ignore[attr-defined]
+        scale = 1.0 if args.outer_learning_rate is None else args.outer_learning_rate / args.learning_rate
+        for _ in range(optimizer.engine.config.outer_steps):
+            self._backward_on_memory()
+            optimizer.engine.outer_step(optimizer.last_lr * scale)
+        optimizer.engine.fuse()
+        optimizer.inner_done = 0
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, with `memory_loss` (mean over outer steps since the last log), `skipped` (steps whose gradient
+        was not finite) and the fractions of elements that masks `kept` (means over the task's rounds).
+        """
+        if "loss" in logs:
+            engine = self.engine
+            logs["skipped"] = int(engine.skipped.item())
+            if self._memory_loss is not None:
+                trainer: Any = self
+                logs["memory_loss"] = trainer.accelerator.gather(self._memory_loss).mean().item() / self._memory_steps
+                total = engine.rounds * engine.arena.numel
+                kept = zip(("inner", "outer", "both"), engine.kept.tolist(), strict=True)
+                logs |= {f"kept_{mask}": count / total for mask, count in kept}
+                self._memory_loss, self._memory_steps = None, 0
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def draw_memory(self, fraction: float = 0.02, *, name: str = "task", labels: Sequence[str] | None = None) -> Any:
+        """The next task's `memory_dataset`: this one's and rows of `train_dataset`, drawn by `kif.memory`.
+
+        Args:
+            fraction: share of the rows that is drawn; at least one row.
+            name: the draw depends on this and on `args.seed`.
+            labels: a label for each row, to draw evenly over them.
+        Returns: a `datasets.Dataset` where both are such, else a torch dataset.
+        Raises: TypeError for a dataset without a length.
+        """
+        dataset = self.train_dataset  # type: ignore[attr-defined]
+        if not hasattr(dataset, "__len__"):
+            raise TypeError("memory cannot be drawn from a dataset without a length")
+        memory = ReplayMemory(fraction, labels is not None, self.args.seed)  # type: ignore[attr-defined]
+        memory.add(name, range(len(dataset)), labels or [""] * len(dataset))  # type: ignore[arg-type]
+        drawn = memory.indices[name]
+        old = [] if self.memory_dataset is None else [self.memory_dataset]
+        if all(hasattr(part, "select") for part in (dataset, *old)):
+            from datasets import concatenate_datasets
+
+            return concatenate_datasets([*old, dataset.select(drawn)])
+        return ConcatDataset([*old, Subset(dataset, drawn)])
+
+    def _memory_stream(self) -> MemoryStream | None:
+        memory = self.memory_dataset
+        if memory is None or (hasattr(memory, "__len__") and len(memory) == 0):
+            return None
+        # whatever the Trainer does with training rows (columns, sampler, collator, processes), it does with these
+        trainer: Any = self
+        new_rows, trainer.train_dataset = trainer.train_dataset, memory
+        try:
+            return MemoryStream(trainer.get_train_dataloader())
+        finally:
+            trainer.train_dataset = new_rows
+
+    def _backward_on_memory(self) -> None:
+        """The gradient of one outer step, accumulated and averaged as the Trainer does it for its own steps."""
+        trainer: Any = self
+        args, model = trainer.args, trainer.model_wrapped
+        batches, items = trainer.get_batch_samples(
+            self.kif_optimizer.memory, args.gradient_accumulation_steps, args.device
+        )
+        trainer.current_gradient_accumulation_steps = len(batches)
+        for number, batch in enumerate(batches, 1):
+            with nullcontext() if number == len(batches) else trainer.accelerator.no_sync(model=model):
+                loss = trainer.training_step(model, batch, items)
+            self._memory_loss = loss if self._memory_loss is None else self._memory_loss + loss
+        self._memory_steps += 1
+
+    def _gradient_norm(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """The gradient's norm, for the log; nothing is clipped."""
+        norm: Tensor = torch.linalg.vector_norm(self.engine.arena.grad, norm_type)
+        return norm
+
+
+class KIFTrainer(KIFMixin, Trainer):
+    """transformers' Trainer with Recurrent-KIF; see `KIFMixin`."""
+
+
+class KIFSeq2SeqTrainer(KIFMixin, Seq2SeqTrainer):
+    """transformers' Seq2SeqTrainer with Recurrent-KIF; see `KIFMixin`."""
+
+
+def _sharded(name: str) -> str:
+    return (
+        f"{name} does not work with Recurrent-KIF, whose engine holds all trainable parameters in one buffer of each "
+        "process: use plain data-parallel training (torchrun)"
+    )

@@ -1,0 +1,433 @@
+"""KIFTrainer and KIFCallback: the trajectory of `kif train`, accumulation, resuming, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import topic_task
+from transformers import DataCollatorForSeq2Seq, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+
+import kif
+from kif import KIFCallback, KIFConfig, KIFTrainer, KIFTrainingArguments, OptimizerConfig, RecurrentKIF
+from kif.batches import BatchStream
+from kif.callback import IMPORTANCE_FILE
+from kif.config import RunConfig
+from kif.families import LanguageModel
+from kif.loop import schedule, train_phase
+from kif.memory import ReplayMemory
+from kif.methods import METHODS
+from kif.models import load_language_model
+from kif.trainer import KIFArguments, KIFMixin, KIFSeq2SeqTrainer, KIFSeq2SeqTrainingArguments, kif_config
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TASK = topic_task(40)
+SWITCHES = KIFConfig(inner_steps=3, outer_steps=2)
+STEPS = 10  # of 4 rows: three rounds and a short one
+
+
+def load(tiny_models: dict[str, Path], kind: str = "llama", dropout: float = 0.0) -> tuple[Any, RunConfig]:
+    settings = {"lora_dropout": dropout, "batch_size": 4, "lr": 1e-2, "max_length": 400, "warmup_steps": 0, "epochs": 1}
+    config = RunConfig(model=str(tiny_models[kind]), kif=SWITCHES, **settings)
+    lm = load_language_model(config, {TASK.name: TASK.labels})
+    for module in lm.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = dropout
+    return lm, config
+
+
+def batches(lm: LanguageModel, seed: str, rows: int, count: int) -> list[Any]:
+    """The rows of the first batches that the loop draws, in its order."""
+    stream = BatchStream(lm.encode(TASK, TASK.train)[:rows], 4, seed)
+    return [row for _ in range(count) for row in stream.next()]
+
+
+def train(
+    lm: LanguageModel,
+    output: Path,
+    memory: int = 12,
+    callbacks: list[TrainerCallback] | None = None,
+    resume: str | bool | None = None,
+    **options: Any,
+) -> KIFTrainer:
+    """One task on the rows of `kif train`, in its order; `memory` batches of them."""
+    settings = {
+        "learning_rate": 1e-2, "per_device_train_batch_size": 4, "num_train_epochs": 1, "save_strategy": "no",
+        "train_sampling_strategy": "sequential", "remove_unused_columns": False, "disable_tqdm": True,
+        "logging_steps": 1, "use_cpu": True, "kif": SWITCHES, **options,
+    }  # fmt: skip
+    made = KIFTrainer(
+        model=lm.model,
+        args=KIFTrainingArguments(output_dir=str(output), **settings),
+        train_dataset=batches(lm, "0/new/1", 40, STEPS),
+        memory_dataset=batches(lm, "0/replay/1", 12, memory) if memory else None,
+        data_collator=lm.collate,
+        processing_class=lm.tokenizer,
+        callbacks=callbacks,
+    )
+    made.train(resume_from_checkpoint=resume)
+    return made
+
+
+def weights(lm: LanguageModel) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in lm.model.parameters() if p.requires_grad])
+
+
+def by_loop(tiny_models: dict[str, Path], kind: str, memory: bool = True) -> torch.Tensor:
+    """The weights that `kif train` ends with."""
+    lm, config = load(tiny_models, kind)
+    method = METHODS["recurrent-kif"](lm, config)
+    rows = lm.encode(TASK, TASK.train)
+    kept = rows[:12] if memory else []
+    train_phase(lm, method, config, index=1, tasks=1, rows=rows, memory=kept, log=lambda record: None)
+    return weights(lm)
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+@pytest.mark.parametrize("memory", [True, False])
+def test_the_trainer_ends_as_kif_train(tiny_models: dict[str, Path], tmp_path: Path, kind: str, memory: bool) -> None:
+    lm, _ = load(tiny_models, kind)
+    before = weights(lm)
+    trainer = train(lm, tmp_path, 12 if memory else 0)
+    expected = by_loop(tiny_models, kind, memory)
+    assert (expected - before).norm() > 0.1 * before.norm()
+    torch.testing.assert_close(weights(lm), expected, rtol=1e-6, atol=1e-6)
+    assert trainer.state.global_step == STEPS and trainer.engine.rounds == (4 if memory else 0)
+    logs = trainer.state.log_history[:-1]
+    assert len(logs) == STEPS and all(entry["skipped"] == 0 for entry in logs)
+    ends = [entry["step"] for entry in logs if "memory_loss" in entry]
+    assert ends == ([3, 6, 9, 10] if memory else [])
+    assert not memory or 0.2 <= logs[-1]["kept_inner"] <= 0.25
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_a_loop_of_ones_own_ends_as_kif_train(tiny_models: dict[str, Path], kind: str) -> None:
+    lm, _ = load(tiny_models, kind)
+    rows, replay = batches(lm, "0/new/1", 40, STEPS), batches(lm, "0/replay/1", 12, 12)
+    engine = RecurrentKIF.of(lm.model, SWITCHES, OptimizerConfig(max_grad_norm=1.0))
+    lm.model.train()
+    done = 0
+    for round_steps in (3, 3, 3, 1):
+        for _ in range(round_steps):
+            lm.model(**lm.collate(rows[4 * done : 4 * done + 4])).loss.backward()
+            engine.inner_step(1e-2 * schedule(done, STEPS, 0))
+            done += 1
+        for _ in range(2):
+            lm.model(**lm.collate([replay.pop(0) for _ in range(4)])).loss.backward()
+            engine.outer_step(1e-2 * schedule(done - 1, STEPS, 0))
+        engine.fuse()
+    torch.testing.assert_close(weights(lm), by_loop(tiny_models, kind), rtol=1e-6, atol=1e-6)
+
+
+def test_without_memory_it_is_plain_training(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    lm, _ = load(tiny_models)
+    train(lm, tmp_path, memory=0)
+    plain, _ = load(tiny_models)
+    args = TrainingArguments(
+        output_dir=str(tmp_path), learning_rate=1e-2, per_device_train_batch_size=4, num_train_epochs=1,
+        save_strategy="no", train_sampling_strategy="sequential", remove_unused_columns=False, disable_tqdm=True,
+        use_cpu=True,
+    )  # fmt: skip
+    rows = batches(plain, "0/new/1", 40, STEPS)
+    Trainer(model=plain.model, args=args, train_dataset=rows, data_collator=plain.collate).train()
+    torch.testing.assert_close(weights(lm), weights(plain), rtol=1e-4, atol=1e-5)
+
+
+def test_accumulation_does_not_change_the_result(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    lm, _ = load(tiny_models)
+    whole = train(lm, tmp_path, max_grad_norm=0.0)
+    split, _ = load(tiny_models)
+    parts = train(split, tmp_path, max_grad_norm=0.0, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    torch.testing.assert_close(weights(split), weights(lm), rtol=1e-4, atol=1e-5)
+    key = "grad_norm"
+    norms = [[entry[key] for entry in t.state.log_history if key in entry] for t in (whole, parts)]
+    assert len(norms[0]) == STEPS and norms[0] == pytest.approx(norms[1], rel=1e-3)
+    losses = [[e["memory_loss"] for e in t.state.log_history if "memory_loss" in e] for t in (whole, parts)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("step", [6, 7, 8])
+def test_resuming_ends_bit_for_bit_alike(tiny_models: dict[str, Path], tmp_path: Path, step: int) -> None:
+    """At the end of a round and within one; dropout, shuffled rows, a memory in its second epoch."""
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": step, "train_sampling_strategy": "random"}
+    lm, _ = load(tiny_models, dropout=0.1)
+    train(lm, tmp_path, 3, **options)
+    resumed, _ = load(tiny_models, dropout=0.1)
+    trainer = train(resumed, tmp_path, 3, resume=str(tmp_path / f"checkpoint-{step}"), **options)
+    assert torch.equal(weights(resumed), weights(lm))
+    assert trainer.state.global_step == STEPS and trainer.engine.rounds == 4
+    saved = torch.load(tmp_path / f"checkpoint-{step}" / "optimizer.pt", weights_only=True)["kif"]
+    assert saved["memory"] == {"epoch": 1, "position": 1} and saved["inner_done"] == step % 3
+
+
+def test_a_checkpoint_needs_its_memory(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    lm, _ = load(tiny_models)
+    train(lm, tmp_path, save_strategy="steps", save_steps=8)
+    with pytest.raises(ValueError, match="memory_dataset"):
+        train(load(tiny_models)[0], tmp_path, memory=0, resume=True)
+
+
+def test_the_gradient_is_clipped_once_and_scored_unclipped(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """The importance is of the loss's own gradient (Eq. 3); the moments get it clipped."""
+    switches = {"inner_steps": 3, "importance_of": "gradient"}
+    trainer = train(load(tiny_models)[0], tmp_path, max_grad_norm=0.25, max_steps=1, kif=switches)
+    arena, logged = trainer.engine.arena, trainer.state.log_history[0]["grad_norm"]
+    assert logged > 0.5
+    # alpha1 is 0.55, beta1 0.9
+    assert arena.buffer("importance_in").norm().item() == pytest.approx(0.45 * logged, rel=1e-5)
+    assert arena.buffer("inner.exp_avg").norm().item() == pytest.approx(0.1 * 0.25, rel=1e-5)
+
+
+def test_rows_of_differing_lengths_memory_and_tokenizer(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """A padding collator and columns that the model does not know, as in anyone's script; two tasks in a row."""
+    from datasets import Dataset
+
+    lm, _ = load(tiny_models, "t5")
+    encoded = lm.encode(TASK, TASK.train)
+    columns = [{"input_ids": r.input_ids, "labels": r.target, "text": "unused"} for r in encoded]
+    assert len({len(row["input_ids"]) for row in columns}) > 4
+    dataset, memory = Dataset.from_list(columns), None
+    for task in range(2):
+        args = KIFSeq2SeqTrainingArguments(
+            output_dir=str(tmp_path), kif=SWITCHES, per_device_train_batch_size=8, max_steps=4, use_cpu=True,
+            save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        assert args.report_to == []
+        trainer = KIFSeq2SeqTrainer(
+            model=lm.model,
+            args=args,
+            train_dataset=dataset,
+            memory_dataset=memory,
+            data_collator=DataCollatorForSeq2Seq(lm.tokenizer, lm.model),
+            processing_class=lm.tokenizer,
+        )
+        trainer.train()
+        assert trainer.engine.rounds == 2 * task
+        memory = trainer.draw_memory(0.1, name=f"task{task}", labels=[e.label for e in TASK.train])
+        assert isinstance(memory, Dataset) and len(memory) == 4 * (task + 1)
+    rule = ReplayMemory(0.1, True, args.seed)
+    rule.add("task0", encoded, [example.label for example in TASK.train])
+    assert memory[:4]["input_ids"] == [list(row.input_ids) for row in rule.rows()]
+
+    trainer.save_model()
+    assert (tmp_path / "tokenizer.json").is_file()
+    assert not list(tmp_path.glob("runs*"))
+    from peft import PeftModel
+    from transformers import AutoModelForSeq2SeqLM
+
+    again = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(tiny_models["t5"]), tmp_path)
+    batch = lm.collate(encoded[:2])
+    lm.model.eval()
+    assert torch.equal(again.eval()(**batch).logits, lm.model(**batch).logits)
+
+
+def test_memory_of_a_list(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    lm, _ = load(tiny_models)
+    trainer = train(lm, tmp_path, max_steps=1)
+    memory = trainer.draw_memory(0.1)
+    assert len(memory) == 48 + 4 and memory[50] in trainer.train_dataset
+    trainer.memory_dataset, old = memory, trainer.engine
+    trainer.train()
+    assert trainer.engine is not old and trainer.engine.rounds == 1
+    trainer.memory_dataset = []
+    trainer.train()
+    assert trainer.engine.rounds == 0
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == self.step
+
+
+def test_a_round_that_is_stopped_early_is_fused(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    lm, _ = load(tiny_models)
+    trainer = train(lm, tmp_path, callbacks=[StopAt(4)])
+    assert trainer.state.global_step == 4 and trainer.engine.rounds == 2
+    assert trainer.kif_optimizer.inner_done == 0
+
+
+def test_outer_steps_have_their_own_rate(tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: Any) -> None:
+    rates: list[float] = []
+    step = RecurrentKIF.outer_step
+    monkeypatch.setattr(RecurrentKIF, "outer_step", lambda self, lr: (rates.append(lr), step(self, lr))[1])
+    train(load(tiny_models)[0], tmp_path, outer_learning_rate=2e-2)
+    expected = [2e-2 * schedule(done - 1, STEPS, 0) for done in (3, 6, 9, 10) for _ in range(2)]
+    assert rates == pytest.approx(expected)
+
+
+class Reference(TrainerCallback):
+    """The importance as written in the paper, beside the callback's."""
+
+    def __init__(self) -> None:
+        self.importance: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                new = (p.detach().double() * p.grad.double()).abs()
+                self.importance[name] = 0.7 * self.importance.get(name, 0.0) + 0.3 * new
+
+
+def test_the_callback_scores_and_changes_nothing(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    def plain(callbacks: list[Any], resume: str | None = None) -> torch.Tensor:
+        lm, _ = load(tiny_models)
+        args = TrainingArguments(
+            output_dir=str(tmp_path), learning_rate=1e-2, per_device_train_batch_size=4, max_steps=6, use_cpu=True,
+            save_steps=3, remove_unused_columns=False, disable_tqdm=True,
+        )  # fmt: skip
+        rows = batches(lm, "0/new/1", 40, STEPS)
+        trainer = Trainer(model=lm.model, args=args, train_dataset=rows, data_collator=lm.collate, callbacks=callbacks)
+        trainer.train(resume_from_checkpoint=resume)
+        return weights(lm)
+
+    callback, reference = KIFCallback(alpha=0.7, save=True), Reference()
+    assert torch.equal(plain([callback, reference]), plain([]))
+    assert callback.importance.keys() == reference.importance.keys() and len(callback.importance) > 1
+    for name, score in callback.importance.items():
+        torch.testing.assert_close(score.double(), reference.importance[name], rtol=1e-5, atol=1e-12)
+
+    mask = callback.mask(0.2)
+    total = sum(score.numel() for score in callback.importance.values())
+    kept = sum(int(m.sum()) for m in mask.values())
+    assert 0.2 * total <= kept <= 0.2 * total + 2
+    lowest = min(float(callback.importance[n][m].min()) for n, m in mask.items() if m.any())
+    assert all(float(callback.importance[n][~m].max()) < lowest for n, m in mask.items() if not m.all())
+
+    again = KIFCallback(alpha=0.7, save=True)
+    plain([again], resume=str(tmp_path / "checkpoint-3"))
+    assert (tmp_path / "checkpoint-3" / IMPORTANCE_FILE).is_file()
+    for name, score in callback.importance.items():
+        assert torch.equal(again.importance[name], score)
+
+
+def test_the_callback_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(ValueError, match="alpha"):
+        KIFCallback(alpha=1.5)
+    with pytest.raises(ValueError, match="train first"):
+        KIFCallback().mask(0.2)
+
+
+def test_arguments_survive_to_dict_and_the_command_line(tmp_path: Path) -> None:
+    args = KIFTrainingArguments(str(tmp_path), kif=KIFConfig(outer_steps=4, density=0.5), outer_learning_rate=1e-3)
+    again = KIFTrainingArguments(**json.loads(args.to_json_string()))
+    assert kif_config(again.kif) == KIFConfig(outer_steps=4, density=0.5) and again.outer_learning_rate == 1e-3
+    assert again.to_dict() == args.to_dict()
+
+    parser = HfArgumentParser(KIFTrainingArguments)  # type: ignore[arg-type]
+    one, two, three = (
+        parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), *options])[0]
+        for options in ([], ["--kif", "released-code"], ["--kif", '{"preset": "no-die", "outer_steps": 4}'])
+    )
+    assert kif_config(one.kif) == KIFConfig()
+    assert kif_config(two.kif) == KIFConfig.preset("released-code")
+    assert kif_config(three.kif) == KIFConfig(outer_steps=4, history="frozen")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kif": {"inner_step": 8}}, "no switch 'inner_step'"),
+        ({"kif": {"inner_steps": 0}}, "at least 1"),
+        ({"kif": {"inner_steps": "8"}}, "of type int"),
+        ({"kif": {"inner_steps": 2.5}}, "of type int"),
+        ({"kif": {"fusion": "all"}}, "must be one of paper"),
+        ({"kif": "paper2"}, "unknown preset"),
+        ({"outer_learning_rate": 0.0}, "outer_learning_rate"),
+        ({"optim": "adafactor"}, "adafactor"),
+        ({"fp16": True}, "fp16"),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "DeepSpeed"),
+        ({"fsdp": "full_shard"}, "FSDP"),
+    ],
+)
+def test_arguments_refuse(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KIFTrainingArguments(str(tmp_path), **options)
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_sharding_chosen_by_the_launcher_is_refused(tmp_path: Path, monkeypatch: Any, variable: str) -> None:
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ValueError, match="torchrun"):
+        KIFTrainingArguments(str(tmp_path))
+
+
+def test_the_trainer_refuses(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    args = KIFTrainingArguments(str(tmp_path), use_cpu=True)
+    with pytest.raises(TypeError, match="KIFTrainingArguments"):
+        KIFTrainer(model=model, args=TrainingArguments(str(tmp_path)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with pytest.raises(ValueError, match="makes the optimizer"):
+        KIFTrainer(model=model, args=args, optimizers=(optimizer, None))
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="torchrun"):
+        KIFTrainer(model=model, args=args)
+
+
+def test_names_are_exported() -> None:
+    assert issubclass(kif.KIFTrainer, kif.KIFMixin) and kif.KIFMixin is KIFMixin
+    assert issubclass(kif.KIFTrainingArguments, KIFArguments)
+
+
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_trainer import load, train, weights
+import torch
+lm, _ = load({"llama": Path(sys.argv[2])})
+trainer = train(lm, Path(sys.argv[3]), per_device_train_batch_size=2)
+torch.save(weights(lm), f"{sys.argv[3]}/weights-{trainer.args.process_index}.pt")
+"""
+
+
+def test_two_processes_train_as_one(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    arguments = [str(Path(__file__).parent), str(tiny_models["llama"]), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"weights-{rank}.pt") for rank in range(2))
+    lm, _ = load(tiny_models)
+    train(lm, tmp_path)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, weights(lm), rtol=1e-4, atol=1e-5)
+
+
+def example(name: str, monkeypatch: Any, capsys: Any, *arguments: str) -> dict[str, str]:
+    """Run an example in this process; what it prints after each task."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    return dict(line.removeprefix("after ").split(": ") for line in lines if line.startswith("after "))
+
+
+def test_the_loop_example_remembers_with_memory(monkeypatch: Any, capsys: Any) -> None:
+    assert example("custom_loop.py", monkeypatch, capsys)["topic"] == "mood 100.0%, topic 100.0%"
+    forgotten = example("custom_loop.py", monkeypatch, capsys, "--memory", "0")
+    assert forgotten == {"mood": "mood 100.0%", "topic": "mood 0.0%, topic 100.0%"}
+
+
+@pytest.mark.parametrize("name", ["trainer.py", "sft.py"])
+def test_the_trainer_examples_remember(name: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    if name == "sft.py":
+        pytest.importorskip("trl")
+    monkeypatch.setenv("CI", "1")  # TRL counts its users, but not in tests
+    options = ("--output_dir", str(tmp_path), "--disable_tqdm", "true", "--use_cpu", "true")
+    assert example(name, monkeypatch, capsys, *options)["topic"] == "mood 100.0%, topic 100.0%"
+    assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "tokenizer.json").is_file()
