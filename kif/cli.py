@@ -201,7 +201,7 @@ def compare(argv: Sequence[str]) -> int:
 def methods(argv: Sequence[str]) -> int:
     """List the methods that `kif train --method` knows: source, models they work with, who can load their adapters."""
     _parser("methods", methods).parse_args(argv)
-    from kif.methods import METHODS
+    from kif.methods import ALIASES, METHODS
 
     width = max(map(len, METHODS))
     families = {"encoder-decoder": "T5", "decoder": "Llama", "encoder": "BERT"}
@@ -209,6 +209,7 @@ def methods(argv: Sequence[str]) -> int:
         works = ", ".join(word for family, word in families.items() if family not in method.refused)
         adapter = "PEFT adapter" if method.plain_adapter else "adapter for kif only"
         print(f"{name:<{width}}  {method.summary} ({method.source}) [{works}; {adapter}]")
+    print(f"Short names: {', '.join(f'{alias} = {name}' for alias, name in ALIASES.items())}")
     return 0
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kif.config import PRESETS, SECTIONS, KIFConfig, RunConfig
 from kif.configfile import ConfigError, changed, dump_config, load_config, nearest
-from kif.methods import METHODS
+from kif.methods import ALIASES, METHODS
 from kif.run import with_absolute_folders
 from kif.training import INCIDENTAL
 
@@ -53,7 +53,7 @@ def variant_config(base: RunConfig, name: str) -> RunConfig:
 
 
 def _preset_config(base: RunConfig, name: str, method: str, preset: str) -> RunConfig:
-    method = KIF if method == "kif" else method
+    method = ALIASES.get(method, method)
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}; did you mean {nearest(method, METHODS)!r}?")
     if not preset:

@@ -309,7 +309,7 @@ class RunConfig:
     """Everything that defines a run. Defaults follow Appendix D of the paper where it speaks.
 
     Args:
-        method: name of the method, see `kif methods`.
+        method: name of the method, see `kif methods`; `kif` and `replay` are short for two of them.
         model: folder or hub name of the base model (T5-like, Llama-like or BERT-like).
         data: folder that holds the tasks, or `hub` for the Hugging Face hub. Default: the environment
             variable KIF_DATA.

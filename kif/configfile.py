@@ -277,8 +277,9 @@ def _build(values: Mapping[str, Any], where: Any) -> RunConfig:
             raise ConfigError(f"{where(key)}: unknown field {key!r}{_suggestion(key)}")
     checked = {key: _converted(key, value, types[key], where(key)) for key, value in values.items()}
     if "method" in checked:
-        from kif.methods import METHODS
+        from kif.methods import ALIASES, METHODS
 
+        checked["method"] = ALIASES.get(checked["method"], checked["method"])
         _nearest_or_raise(checked["method"], METHODS, f"{where('method')}: unknown method")
     run = {key: value for key, value in checked.items() if "." not in key}
     parts: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}

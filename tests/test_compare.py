@@ -11,7 +11,8 @@ import pytest
 
 from kif import cli, compare
 from kif.config import KIFConfig, RunConfig
-from kif.configfile import ConfigError
+from kif.configfile import ConfigError, load_config, parse_run_config
+from kif.methods import ALIASES, METHODS
 
 
 def base(output: Path, **options: Any) -> RunConfig:
@@ -28,6 +29,17 @@ def test_cells_are_methods_and_presets_by_seed(tmp_path: Path) -> None:
     assert no_die.method == "recurrent-kif" and no_die.kif == KIFConfig(outer_steps=4, history="frozen")
     assert compare.variant_config(base(tmp_path), "kif:single-step").kif.inner_steps == 10**9
     assert compare.variant_config(base(tmp_path), "kif:released-code").kif == KIFConfig.preset("released-code")
+
+
+def test_methods_have_short_names_everywhere(tmp_path: Path) -> None:
+    assert ALIASES.keys().isdisjoint(METHODS)
+    path = tmp_path / "run.yaml"
+    for alias, method in ALIASES.items():
+        assert METHODS[method].name == compare.variant_config(base(tmp_path), alias).method == method
+        path.write_text(f"method: {alias}\nmodel: m\ndata: d\norder: abc\n")
+        assert load_config(path).method == method
+        options = ["--method", alias, "--model", "m", "--data", "d", "--order", "abc"]
+        assert parse_run_config(options).method == method
 
 
 def test_a_name_can_set_fields(tmp_path: Path) -> None:

@@ -23,7 +23,11 @@ _ALL = (RecurrentKIFMethod, SeqLoRA, IncLoRA, LoRAReplay, EWC, OLoRA, MoELoRA, S
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 """Every method by its name on the command line."""
 
+ALIASES = {"kif": RecurrentKIFMethod.name, "replay": LoRAReplay.name}
+"""Other names that a configuration may use."""
+
 __all__ = [
+    "ALIASES",
     "EWC",
     "L2P",
     "LFPT5",
