@@ -208,8 +208,8 @@ def methods(argv: Sequence[str]) -> int:
     for name, method in METHODS.items():
         works = ", ".join(word for family, word in families.items() if family not in method.refused)
         adapter = "PEFT adapter" if method.plain_adapter else "adapter for kif only"
-        print(f"{name:<{width}}  {method.summary} ({method.source}) [{works}; {adapter}]")
-    print(f"Short names: {', '.join(f'{alias} = {name}' for alias, name in ALIASES.items())}")
+        short = "".join(f"; short: {alias}" for alias, meant in ALIASES.items() if meant == name)
+        print(f"{name:<{width}}  {method.summary} ({method.source}) [{works}; {adapter}{short}]")
     return 0
 
 

@@ -215,11 +215,11 @@ def test_methods_are_listed_one_a_line(monkeypatch: pytest.MonkeyPatch, capsys: 
         summary, source = "does nothing", "nowhere"
         refused, plain_adapter = {"encoder": "why not"}, False
 
-    module(monkeypatch, "kif.methods", METHODS={"a": Method, "long-name": Method})
+    module(monkeypatch, "kif.methods", METHODS={"a": Method, "long-name": Method}, ALIASES={"l": "long-name"})
     assert main(["methods"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    rest = "does nothing (nowhere) [T5, Llama; adapter for kif only]"
-    assert lines == [f"a          {rest}", f"long-name  {rest}"]
+    rest = "does nothing (nowhere) [T5, Llama; adapter for kif only"
+    assert lines == [f"a          {rest}]", f"long-name  {rest}; short: l]"]
 
 
 def test_demo_forwards_its_options_and_status(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
