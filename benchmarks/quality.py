@@ -189,6 +189,7 @@ def plan(args: argparse.Namespace, rows: dict[str, dict[str, Any]]) -> dict[Cell
             template=args.template,
             max_length=args.max_length,
             max_new_tokens=args.max_new_tokens,
+            precision=args.precision,
             lr=args.lr,
             warmup_steps=10,
             eval_batch_size=16,
@@ -244,6 +245,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=64, help="longest text in tokens")
     parser.add_argument("--template", help="prompt, with {input}; default: the task folder's")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="longest generated answer")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="of the base model")
     parser.add_argument("--lr", type=float, default=1e-3, help="of all rows without one of their own")
     parser.add_argument("--lr-of", nargs="+", default=[], metavar="ROW=LR", help="learning rates of single rows")
     parser.add_argument(
