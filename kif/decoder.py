@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -74,12 +74,15 @@ class DecoderModel(GenerativeModel):
         logits = self._logits_at(keep, **inputs, use_cache=False)[0]
         return summed_cross_entropy(logits, labels[:, columns])
 
-    def _generate(self, rows: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+    def _generate(self, rows: Sequence[Encoded], max_new_tokens: int, acceptable: Collection[str] | None) -> list[str]:
         inputs = self._to_device(self._padded_inputs(rows, "left"))
         self._announce(**inputs)
-        sequences = self.model.generate(**inputs, generation_config=self._greedy(max_new_tokens))
-        answers = sequences[:, inputs["input_ids"].size(1) :]
-        texts: list[str] = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        begin = inputs["input_ids"].size(1)
+        stopping = self._stopping(begin, acceptable)
+        sequences = self.model.generate(
+            **inputs, generation_config=self._greedy(max_new_tokens), stopping_criteria=stopping
+        )
+        texts: list[str] = self.tokenizer.batch_decode(sequences[:, begin:], skip_special_tokens=True)
         return texts
 
     def _rank(self, rows: Sequence[Encoded], candidates: Sequence[tuple[int, ...]]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -70,7 +70,12 @@ class EncoderModel(LanguageModel):
 
     @torch.no_grad()
     def answer(
-        self, task: Task, rows: Sequence[Encoded], mode: Literal["generate", "rank"], max_new_tokens: int
+        self,
+        task: Task,
+        rows: Sequence[Encoded],
+        mode: Literal["generate", "rank"],
+        max_new_tokens: int,
+        acceptable: Collection[str] | None = None,
     ) -> list[str]:
         """The class with the highest score for each row, whatever the mode."""
         inputs = self._to_device(self.collate(rows))

@@ -37,6 +37,7 @@ def evaluate(
     batch_size: int,
     max_new_tokens: int,
     cache: TokenCache | None = None,
+    whole_answers: bool = False,
 ) -> Evaluation:
     """Answer `examples` and score the answers by the task's metric.
 
@@ -51,6 +52,8 @@ def evaluate(
         batch_size: rows that a process answers at once.
         max_new_tokens: longest generated answer in tokens.
         cache: where tokenised rows are kept; None: tokenised here.
+        whole_answers: generate to the end also what cannot match any more. By default such answers of a task scored
+            by accuracy are cut short, which changes no score.
     Raises: ValueError without rows, for an unknown mode and for ranking in a task without a label list.
     """
     if not examples:
@@ -63,12 +66,15 @@ def evaluate(
     order = sorted(range(len(rows)), key=lambda i: rows[i].length, reverse=True)
     own = share(order)
     answers: dict[int, str] = {}
+    acceptable = None
+    if task.metric == "accuracy" and not whole_answers:
+        acceptable = {text for example in examples for text in example.references} | set(task.labels or ())
     modes = {module: module.training for module in lm.model.modules()}
     lm.model.eval()
     try:
         for first in range(0, len(own), batch_size):
             batch = own[first : first + batch_size]
-            texts = lm.answer(task, [rows[i] for i in batch], mode, max_new_tokens)
+            texts = lm.answer(task, [rows[i] for i in batch], mode, max_new_tokens, acceptable)
             answers.update(zip(batch, texts, strict=True))
     finally:
         for module, training in modes.items():

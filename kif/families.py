@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -128,7 +128,12 @@ class LanguageModel(ABC):
 
     @abstractmethod
     def answer(
-        self, task: Task, rows: Sequence[Encoded], mode: Literal["generate", "rank"], max_new_tokens: int
+        self,
+        task: Task,
+        rows: Sequence[Encoded],
+        mode: Literal["generate", "rank"],
+        max_new_tokens: int,
+        acceptable: Collection[str] | None = None,
     ) -> list[str]:
         """Answers to one batch of rows of `task`; the caller sets evaluation mode.
 
@@ -138,6 +143,8 @@ class LanguageModel(ABC):
             mode: `generate`: greedy decoding; `rank`: the label with the highest log-likelihood, summed over its
                 tokens and the end of the sequence, the first of equals. Encoders classify, whatever the mode.
             max_new_tokens: longest generated answer in tokens.
+            acceptable: if given, a generated answer ends as soon as it can become none of these texts any more (case
+                and white space aside), so that a batch does not wait for answers that are wrong already.
         Raises: ValueError for another mode, and for ranking in a task without a label list.
         """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from inspect import signature
 from typing import Any, Literal
 
@@ -21,6 +21,10 @@ RANK_ELEMENTS = 2**27
 """Label ranking takes as many labels at once as keep logits and repeated states below so many elements."""
 
 
+Stop = Callable[..., Tensor]
+"""Stopping criterion of `generate`: which rows are done, by (token ids, scores)."""
+
+
 class GenerativeModel(LanguageModel):
     """A model that writes the label, token by token."""
 
@@ -28,10 +32,15 @@ class GenerativeModel(LanguageModel):
 
     @torch.no_grad()
     def answer(
-        self, task: Task, rows: Sequence[Encoded], mode: Literal["generate", "rank"], max_new_tokens: int
+        self,
+        task: Task,
+        rows: Sequence[Encoded],
+        mode: Literal["generate", "rank"],
+        max_new_tokens: int,
+        acceptable: Collection[str] | None = None,
     ) -> list[str]:
         if mode == "generate":
-            return [text.strip() for text in self._generate(rows, max_new_tokens)]
+            return [text.strip() for text in self._generate(rows, max_new_tokens, acceptable)]
         if mode != "rank":
             raise ValueError(f"unknown evaluation mode {mode!r}; there are generate and rank")
         if task.labels is None:
@@ -40,12 +49,31 @@ class GenerativeModel(LanguageModel):
         return [task.labels[i] for i in scores.argmax(1).tolist()]
 
     @abstractmethod
-    def _generate(self, rows: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+    def _generate(self, rows: Sequence[Encoded], max_new_tokens: int, acceptable: Collection[str] | None) -> list[str]:
         """Greedy answers without special tokens."""
 
     @abstractmethod
     def _rank(self, rows: Sequence[Encoded], candidates: Sequence[tuple[int, ...]]) -> Tensor:
         """Log-likelihood of each candidate target for each row, shape (rows, candidates)."""
+
+    def _stopping(self, begin: int, acceptable: Collection[str] | None) -> list[Stop] | None:
+        """What ends answers, which begin at position `begin`, besides the end-of-sequence token."""
+        if acceptable is None:
+            return None
+        known = {_compact(text) for text in acceptable}
+        # rows of a batch mostly begin alike
+        hopeless: dict[tuple[int, ...], bool] = {}
+
+        def stop(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            answers = [tuple(row) for row in input_ids[:, begin:].tolist()]
+            new = list({ids for ids in answers if ids not in hopeless})
+            for ids, text in zip(new, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+                # a token may end within a character
+                start = _compact(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+                hopeless[ids] = not any(text.startswith(start) for text in known)
+            return torch.tensor([hopeless[ids] for ids in answers], device=input_ids.device)
+
+        return [stop]
 
     def _end(self, ids: Sequence[int]) -> tuple[int, ...]:
         """A target's ids with the end-of-sequence token, cut to `max_target_length` in front of it."""
@@ -70,6 +98,11 @@ class GenerativeModel(LanguageModel):
             pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=sorted(ends),
         )
+
+
+def _compact(text: str) -> str:
+    """A form in which a text that goes on never stops to begin as it began: no white space, no case."""
+    return "".join(text.split()).casefold()
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -31,12 +31,14 @@ class EncoderDecoderModel(GenerativeModel):
         logits = self.model(**inputs, decoder_input_ids=decoder_input_ids, use_cache=False).logits
         return summed_cross_entropy(logits, batch["labels"])
 
-    def _generate(self, rows: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+    def _generate(self, rows: Sequence[Encoded], max_new_tokens: int, acceptable: Collection[str] | None) -> list[str]:
         inputs = self._to_device(self._padded_inputs(rows, "right"))
         self._announce(**inputs)
         settings = self._greedy(max_new_tokens)
         settings.decoder_start_token_id = self.base.generation_config.decoder_start_token_id
-        sequences = self.model.generate(**inputs, generation_config=settings)
+        # an answer begins behind the decoder's start token
+        stopping = self._stopping(1, acceptable)
+        sequences = self.model.generate(**inputs, generation_config=settings, stopping_criteria=stopping)
         texts: list[str] = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
         return texts
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from tiny import build_tiny, free_text_task, topic_task
 
 from kif.config import RunConfig
-from kif.evaluate import evaluate, mean_score
+from kif.evaluate import evaluate, mean_score, normal
 from kif.families import LanguageModel
+from kif.generative import _compact
 from kif.models import load_language_model
 from kif.tasks import Example, Task
 from kif.tokenization import TokenCache
@@ -81,6 +85,53 @@ def test_predictions_are_in_the_rows_order(load: Loader) -> None:
     assert result.predictions == alone and len(set(alone)) > 1
     hits = [answer == example.label for answer, example in zip(alone, TOPICS.test, strict=True)]
     assert result.score == 100 * sum(hits) / len(hits)
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_answers_that_cannot_match_end_early(load: Loader, kind: str) -> None:
+    lm = load(kind)
+    lm.model.eval()
+    rows = lm.encode(TOPICS, TOPICS.test)
+    whole = lm.answer(TOPICS, rows, "generate", 12)
+    # what the model says to some of the rows, written otherwise
+    acceptable = {f" {text.swapcase()}  " for text in whole[::4]}
+    wanted = {text.casefold() for text in whole[::4]}
+    cut = lm.answer(TOPICS, rows, "generate", 12, acceptable)
+    for short, long in zip(cut, whole, strict=True):
+        assert long.startswith(short) and (short == long or long.casefold() not in wanted)
+    # the tiny T5 says the same to all
+    assert (cut == whole) == (len(set(whole)) == 1)
+
+    steps = []
+    with lm.base.get_output_embeddings().register_forward_hook(lambda *_: steps.append(1)):
+        lm.answer(TOPICS, rows, "generate", 12, {"\N{SNOWMAN}"})
+        early = len(steps)
+        lm.answer(TOPICS, rows, "generate", 12)
+    assert early <= 3 < len(steps) - early
+
+
+@pytest.mark.parametrize(("kind", "right"), [("t5", 0), ("llama", 0), ("llama", 4)])
+def test_ending_early_changes_no_score(load: Loader, kind: str, right: int) -> None:
+    lm = load(kind)
+    lm.model.eval()
+    answers = lm.answer(TOPICS, lm.encode(TOPICS, TOPICS.test), "generate", 12)
+    rows = [
+        replace(example, label=text, references=(text, "something else")) if i < right else example
+        for i, (example, text) in enumerate(zip(TOPICS.test, answers, strict=True))
+    ]
+    options: dict[str, Any] = {"mode": "generate", "batch_size": 4, "max_new_tokens": 12}
+    early, late = (evaluate(lm, TOPICS, rows, whole_answers=whole, **options) for whole in (False, True))
+    assert early.score == late.score >= 100 * right / len(rows)
+    assert late.predictions == answers != early.predictions
+
+
+@given(st.text(), st.sampled_from([str.upper, str.swapcase, str.title, str]), st.text(" \t\n\u3000"))
+@settings(max_examples=300, deadline=None)
+def test_an_answer_that_will_match_begins_as_its_reference(reference: str, change: Any, blank: str) -> None:
+    answer = blank + change(reference) + blank
+    assume(normal(answer) == normal(reference))
+    for end in range(len(answer) + 1):
+        assert _compact(reference).startswith(_compact(answer[:end]))
 
 
 def test_free_text(load: Loader) -> None:

@@ -58,7 +58,7 @@ def test_answers_are_those_that_were_scored(
     scores = evaluate_run(run, progress=False, eval_mode=mode)["scores"]
     predictor = Predictor(run, "sizes", eval_mode=mode)
     task = prepare_tasks(runs.config(method, kind))[1]
-    whole = evaluate(predictor.lm, task, task.test, mode=mode, batch_size=9, max_new_tokens=4)
+    whole = evaluate(predictor.lm, task, task.test, mode=mode, batch_size=9, max_new_tokens=4, whole_answers=True)
     file = runs.written / "sizes" / "test.jsonl"
     capsys.readouterr()
     assert main(["predict", str(run), str(file), "--task", "sizes", "--eval-mode", mode, "--batch-size", "4"]) == 0
