@@ -1,0 +1,117 @@
+"""A base model split over two processes trains and answers bit for bit as a whole one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import build_tiny, topic_task
+from torch import distributed as dist
+from torch import multiprocessing, nn
+
+from kif.config import KIFConfig, RunConfig
+from kif.engine import RecurrentKIF
+from kif.families import LanguageModel
+from kif.models import load_language_model
+from kif.sharding import local_bytes, shard_base
+
+RANKS = 2
+CASES = (("llama", "fp32"), ("t5", "fp32"), ("t5", "bf16"), ("bert", "fp32"))
+
+
+def load(folder: Path, precision: Any) -> LanguageModel:
+    config = RunConfig(model=str(folder), device="cpu", precision=precision)
+    return load_language_model(config, {"topics": topic_task().labels})
+
+
+def train(rank: int, lm: LanguageModel, sharded: bool) -> dict[str, Any]:
+    """Two rounds, then answers; both kinds of models draw the same dropout."""
+    engine = RecurrentKIF.of(lm.model, KIFConfig(inner_steps=2))
+    whole = local_bytes(lm.model)
+    if sharded:
+        shard_base(lm.model)
+    torch.manual_seed(rank)
+    lm.model.train()
+    rows = lm.encode(topic_task(), topic_task().train)
+    for _ in range(2):
+        for step in range(3):
+            loss, count = lm.loss(lm.collate(rows[4 * (step % 2) + 2 * rank :][:2]))
+            (loss / count).backward()
+            dist.all_reduce(engine.arena.grad)
+            (engine.inner_step if step < 2 else engine.outer_step)(1e-2)
+        engine.fuse()
+    lm.model.eval()
+    answers = [lm.answer(topic_task(), rows, mode, 4) for mode in ("generate", "rank")]
+    return {"weights": engine.arena.data, "answers": answers, "share": local_bytes(lm.model) / whole}
+
+
+def work(rank: int, output: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{output / 'port'}", rank=rank, world_size=RANKS)
+    for kind, precision in CASES:
+        found = []
+        for sharded in (False, True):
+            lm = load(output / kind, precision)
+            found.append(train(rank, lm, sharded))
+        assert found[0]["share"] == 1.0
+        name = output / f"{kind}-{precision}-{rank}"
+        save_file({str(i): result.pop("weights") for i, result in enumerate(found)}, f"{name}.safetensors")
+        Path(f"{name}.json").write_text(json.dumps(found))
+        if rank == 0:
+            lm.model.save_pretrained(str(name))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("sharding")
+    for kind in {kind for kind, _ in CASES}:
+        build_tiny(kind, output / kind)  # type: ignore[arg-type]
+    multiprocessing.spawn(work, (output,), nprocs=RANKS)
+    return output
+
+
+@pytest.mark.parametrize(("kind", "precision"), CASES)
+def test_a_split_base_is_as_good_as_a_whole_one(ended: Path, kind: str, precision: str) -> None:
+    weights = []
+    for rank in range(RANKS):
+        whole, split = json.loads((ended / f"{kind}-{precision}-{rank}.json").read_text())
+        assert split["answers"] == whole["answers"]
+        # embeddings and output layer are most of a tiny model
+        assert split["share"] < 0.96
+        tensors = load_file(ended / f"{kind}-{precision}-{rank}.safetensors")
+        assert torch.equal(tensors["0"], tensors["1"])
+        weights.append(tensors["1"])
+    assert torch.equal(*weights)
+
+
+def test_the_adapter_is_saved_whole(ended: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(ended / "llama")
+    loaded = PeftModel.from_pretrained(base, str(ended / "llama-fp32-0"), is_trainable=True)
+    trained = sum(p.numel() for p in loaded.parameters() if p.requires_grad)
+    flat = load_file(ended / "llama-fp32-0.safetensors")["1"]
+    sums = sum(p.detach().double().sum().item() for p in loaded.parameters() if p.requires_grad)
+    assert trained <= flat.numel() and sums == pytest.approx(flat.double().sum().item(), rel=1e-12)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="process group: start the processes with torchrun"):
+        shard_base(nn.Linear(2, 2))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'port'}", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="Linear has no list of layers"):
+            shard_base(nn.Linear(2, 2))
+        model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2)])})
+        layer: Any = model["layers"]
+        layer[0].weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
+        with pytest.raises(ValueError, match=r"layers\.0\.weight is torch\.int8: a quantised base cannot be split"):
+            shard_base(model)
+    finally:
+        dist.destroy_process_group()
