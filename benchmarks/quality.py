@@ -97,7 +97,8 @@ Cell = tuple[str, str, int]
 def run_cell(config: RunConfig) -> dict[str, Any]:
     """One run, unless its folder holds a finished one."""
     from kif.configfile import load_config
-    from kif.run import train, with_absolute_folders
+    from kif.resume import with_absolute_folders
+    from kif.run import train
 
     folder = Path(config.output)
     results = folder / "results.json"

@@ -19,7 +19,7 @@ def arguments(tmp_path: Path, **changes: Any) -> argparse.Namespace:
         "data": "/some/texts", "model": "/some/where/model", "output": tmp_path / "table.json",
         "runs": tmp_path / "runs", "orders": ["1"], "seeds": [0, 1], "table": "table1", "variants": ["EWC", "L2P"],
         "steps": 6, "rows": 5, "split": "test", "batch_size": 2, "max_length": 16, "template": None,
-        "max_new_tokens": 4, "lr": 1e-3, "lr_of": ["EWC=4e-3"], "known": [], "jobs": 1,
+        "max_new_tokens": 4, "precision": "fp32", "lr": 1e-3, "lr_of": ["EWC=4e-3"], "known": [], "jobs": 1,
     }  # fmt: skip
     return argparse.Namespace(**{**values, **changes})
 
