@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 import kif_kernels
 from kif.arena import ParameterArena
@@ -31,23 +32,34 @@ class RecurrentKIF:
             round nothing else may change the weights.
         config: switches of the method.
         optimizer: hyperparameters of AdamW, for both loops.
+        shards: processes whose arenas together are the parameters, such as shards of a large adapter. Gradient norm and
+            thresholds are then those of all elements, equal on all processes; the thresholds are exact.
+            Default: this arena holds all parameters (as each process does in data-parallel training).
 
     Attributes:
         stopwatch: seconds spent in `optimizer` (with importance), `threshold` and `fusion`.
         kept: int64 [3] on the device: elements that the inner, the outer and both masks held, over the rounds
             of the present task.
         rounds: rounds of the present task that were fused.
+
+    Raises: ValueError for switches that cannot be honoured with `shards`.
     """
 
     def __init__(
-        self, arena: ParameterArena, config: KIFConfig | None = None, optimizer: OptimizerConfig | None = None
+        self,
+        arena: ParameterArena,
+        config: KIFConfig | None = None,
+        optimizer: OptimizerConfig | None = None,
+        shards: dist.ProcessGroup | None = None,
     ) -> None:
-        self.arena = arena
+        self.arena, self.shards = arena, shards
         self.config = config or KIFConfig()
         self.optimizer_config = optimizer or OptimizerConfig()
-        self.inner_optimizer = ArenaAdamW(arena, "inner", self.optimizer_config)
-        shared = self.config.outer_optimizer == "shared"
-        self.outer_optimizer = self.inner_optimizer if shared else ArenaAdamW(arena, "outer", self.optimizer_config)
+        self._total = arena.numel if shards is None else self._total_of(shards)
+        self.inner_optimizer = ArenaAdamW(arena, "inner", self.optimizer_config, shards)
+        self.outer_optimizer = self.inner_optimizer
+        if self.config.outer_optimizer == "own":
+            self.outer_optimizer = ArenaAdamW(arena, "outer", self.optimizer_config, shards)
         self.stopwatch = Stopwatch()
         self.kept = torch.zeros(3, dtype=torch.int64, device=arena.device)
         self._segments = None
@@ -184,6 +196,9 @@ class RecurrentKIF:
         inner, outer = self._scores()
         if self.config.fusion == "global-merge":
             inner, outer = inner.sum(), outer.sum()
+            if self.shards is not None:
+                dist.all_reduce(inner, group=self.shards)
+                dist.all_reduce(outer, group=self.shards)
         total = inner + outer
         w = torch.where(total > 0, inner / total, 0.5)
         start, middle = arena.buffer("theta_start"), arena.buffer("theta_inner")
@@ -226,7 +241,7 @@ class RecurrentKIF:
         arena, config = self.arena, self.config
         selection = self._selection_here()
         index = 0 if side == "in" else 1
-        count = count and config.threshold != "interpolated"
+        count = count and config.threshold != "interpolated" and self.shards is None
         self._counted[side] = count
         return Scoring(
             importance=arena.buffer(f"importance_{side}"),
@@ -249,6 +264,8 @@ class RecurrentKIF:
 
     def _thresholds(self) -> tuple[Tensor, Tensor]:
         """Of the inner and the outer scores: 0-d, or one for each tensor."""
+        if self.shards is not None:
+            return self._sharded_threshold("in"), self._sharded_threshold("out")
         if self.config.threshold != "interpolated":
             selection = self._selection_here()
             scores = (self.arena.buffer("importance_in"), self.arena.buffer("importance_out"))
@@ -256,6 +273,27 @@ class RecurrentKIF:
             return (found[0], found[1]) if self._segments else (found[0, 0], found[1, 0])
         inner, outer = self._scores()
         return self._quantile(inner), self._quantile(outer)
+
+    def _sharded_threshold(self, side: str) -> Tensor:
+        arena = self.arena
+        return kif_kernels.sharded_threshold(
+            arena.buffer(f"importance_{side}"),
+            self.config.density,
+            self.shards,
+            numel=arena.numel,
+            total=self._total,
+            uncertainty=arena.buffer(f"uncertainty_{side}") if self.config.score == "ema_uncertainty" else None,
+        )
+
+    def _total_of(self, shards: dist.ProcessGroup) -> int:
+        """Elements of all shards."""
+        refused = {"threshold": "interpolated", "threshold_scope": "tensor"}
+        for name, value in refused.items():
+            if getattr(self.config, name) == value:
+                raise ValueError(f"kif.{name}={value} does not work with shards: a tensor may lie on several processes")
+        total = torch.tensor(self.arena.numel, dtype=torch.int64, device=self.arena.device)
+        dist.all_reduce(total, group=shards)
+        return int(total)
 
     def _scores(self) -> tuple[Tensor, Tensor]:
         """What is compared: importance, or importance * uncertainty."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from kif.arena import ParameterArena
 from kif_kernels import (
@@ -67,6 +68,8 @@ class ArenaAdamW:
         arena: the parameters.
         name: prefix of its buffers; two optimizers on one arena need two names.
         config: hyperparameters.
+        shards: processes whose arenas together are the parameters; clipping and skipping go by the norm over all of
+            them. Default: this arena holds them all.
 
     Attributes:
         skipped: 0-d tensor on the device, steps skipped because of a non-finite gradient, over all tasks.
@@ -74,9 +77,11 @@ class ArenaAdamW:
     Raises: ValueError when KIF_BACKEND names no implementation.
     """
 
-    def __init__(self, arena: ParameterArena, name: str, config: OptimizerConfig) -> None:
+    def __init__(
+        self, arena: ParameterArena, name: str, config: OptimizerConfig, shards: dist.ProcessGroup | None = None
+    ) -> None:
         backend_name(arena.device.type)  # an impossible KIF_BACKEND is refused here, not ignored
-        self.arena, self.name, self.config = arena, name, config
+        self.arena, self.name, self.config, self.shards = arena, name, config, shards
         device = arena.device
         self._steps = torch.zeros((), dtype=torch.float64, device=device)
         self._scale = torch.ones((), dtype=torch.float32, device=device)
@@ -112,7 +117,9 @@ class ArenaAdamW:
         if self._steps.device != arena.device:
             for name in ("_steps", "_scale", "_skip", "skipped"):
                 setattr(self, name, getattr(self, name).to(arena.device))
-        gradient_state_(arena.grad, self._scale, self._skip, self._steps, self.skipped, max_norm=config.max_grad_norm)
+        # one number has the norm that it is
+        measured = arena.grad if self.shards is None else self._norm(self.shards).reshape(1)
+        gradient_state_(measured, self._scale, self._skip, self._steps, self.skipped, max_norm=config.max_grad_norm)
         fused: dict[str, Any] = {"importance": None}
         if scoring is not None and scoring.of_gradient:
             self._score_gradient(scoring)
@@ -135,6 +142,12 @@ class ArenaAdamW:
             zero_grad=True,
             **fused,
         )
+
+    def _norm(self, shards: dist.ProcessGroup) -> Tensor:
+        """The gradient's norm over all shards, float32, 0-d."""
+        squares = self.arena.grad.square().sum(dtype=torch.float64)
+        dist.all_reduce(squares, group=shards)
+        return squares.sqrt().float()
 
     def _score_gradient(self, scoring: Scoring) -> None:
         grad = self.arena.grad * self._scale if scoring.after_update else self.arena.grad

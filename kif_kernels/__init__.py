@@ -4,8 +4,8 @@ Needs torch, and triton for the kernels. `reference` holds the definition of eve
 implementation a device gets. All operations are also there as `torch.ops.kif.*`.
 """
 
-from kif_kernels import ops as _ops  # noqa: F401 (registers torch.ops.kif)
-from kif_kernels.api import (
+from . import ops  # noqa: F401 (registers torch.ops.kif)
+from .api import (
     adamw_importance_,
     fuse_,
     gradient_state_,
@@ -15,11 +15,12 @@ from kif_kernels.api import (
     importance_thresholds,
     importance_uncertainty_ema_,
 )
-from kif_kernels.backend import backend_name
-from kif_kernels.checks import mask_size
-from kif_kernels.fusion_table import FUSION_TABLES, NO_MASKS, NO_SHARE, PAPER, RELEASED_CODE, FusionTable
-from kif_kernels.segments import Segments
-from kif_kernels.streaming import StreamingThreshold
+from .backend import backend_name
+from .checks import mask_size
+from .fusion_table import FUSION_TABLES, NO_MASKS, NO_SHARE, PAPER, RELEASED_CODE, FusionTable
+from .segments import Segments
+from .sharded import sharded_threshold
+from .streaming import StreamingThreshold
 
 __all__ = [
     "FUSION_TABLES",
@@ -40,4 +41,5 @@ __all__ = [
     "importance_thresholds",
     "importance_uncertainty_ema_",
     "mask_size",
+    "sharded_threshold",
 ]

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from kif_kernels.checks import (
+from ._ops import ops
+from .checks import (
     STATE_DTYPES,
     VALUE_DTYPES,
     check_dtype,
@@ -17,9 +18,9 @@ from kif_kernels.checks import (
     check_scalars,
     check_unit,
 )
-from kif_kernels.fusion_table import PAPER, FusionTable
-from kif_kernels.segments import Segments
-from kif_kernels.streaming import StreamingThreshold
+from .fusion_table import PAPER, FusionTable
+from .segments import Segments
+from .streaming import StreamingThreshold
 
 
 def gradient_state_(
@@ -54,7 +55,7 @@ def gradient_state_(
     check_dtype({"skip": skip}, (torch.bool,))
     check_dtype({"step": step}, (torch.float64,))
     check_dtype({"skipped": skipped}, (torch.int64,))
-    torch.ops.kif.gradient_state_(grad, scale, skip, step, skipped, max_norm, inv_scale)
+    ops.gradient_state_(grad, scale, skip, step, skipped, max_norm, inv_scale)
 
 
 def importance_ema_(
@@ -85,7 +86,7 @@ def importance_ema_(
     Raises: ValueError for shapes that differ, a decay outside [0, 1] or a dtype that is not among these.
     """
     _check_importance(importance, weight, grad, decay, skip, histogram, window)
-    torch.ops.kif.importance_ema_(importance, weight, grad, decay, reset, None, 0.0, skip, histogram, window)
+    ops.importance_ema_(importance, weight, grad, decay, reset, None, 0.0, skip, histogram, window)
     return importance
 
 
@@ -112,9 +113,7 @@ def importance_uncertainty_ema_(
     """
     _check_importance(importance, weight, grad, decay, skip, histogram, window)
     _check_uncertainty(importance, uncertainty, uncertainty_decay)
-    torch.ops.kif.importance_ema_(
-        importance, weight, grad, decay, reset, uncertainty, uncertainty_decay, skip, histogram, window
-    )
+    ops.importance_ema_(importance, weight, grad, decay, reset, uncertainty, uncertainty_decay, skip, histogram, window)
     return importance
 
 
@@ -205,7 +204,7 @@ def adamw_importance_(
     check_dtype({"lr": lr_tensor, "grad_scale": grad_scale, "inv_scale": inv_scale}, (torch.float32,))
     check_dtype({"step": step_tensor}, (torch.float64,))
     check_dtype({"skip": skip}, (torch.bool,))
-    torch.ops.kif.adamw_importance_(
+    ops.adamw_importance_(
         weight,
         grad,
         exp_avg,
@@ -364,7 +363,7 @@ def fuse_(
     counts = (
         kept if kept is None or kept.is_contiguous() else torch.zeros_like(kept, memory_format=torch.contiguous_format)
     )
-    torch.ops.kif.fuse_(
+    ops.fuse_(
         theta,
         theta_start,
         theta_inner,

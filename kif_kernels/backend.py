@@ -11,11 +11,11 @@ BACKENDS = ("reference", "eager", "compile", "triton", "interpret")
 kernels, on CUDA and ROCm. interpret: the kernels in Triton's interpreter, on CPU tensors."""
 
 _MODULES = {
-    "reference": "kif_kernels.reference",
-    "eager": "kif_kernels.eager",
-    "compile": "kif_kernels.compiled",
-    "triton": "kif_kernels.kernels",
-    "interpret": "kif_kernels.kernels",
+    "reference": ".reference",
+    "eager": ".eager",
+    "compile": ".compiled",
+    "triton": ".kernels",
+    "interpret": ".kernels",
 }
 
 
@@ -43,7 +43,7 @@ def implementation(device_type: str) -> ModuleType:
     if name == "interpret":
         _turn_interpreter_on()
     try:
-        return importlib.import_module(_MODULES[name])
+        return importlib.import_module(_MODULES[name], __package__)
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kif_kernels.layout import BINS
-from kif_kernels.segments import Segments
+from .layout import BINS
+from .segments import Segments
 
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kif_kernels import eager, reference
-from kif_kernels.reference import histogram_, score
+from . import eager, reference
+from .reference import histogram_, score
 
 __all__ = ["adamw_importance_", "fuse_", "gradient_state_", "histogram_", "importance_ema_", "thresholds_"]
 

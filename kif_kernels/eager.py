@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kif_kernels import reference
-from kif_kernels.reference import histogram_
-from kif_kernels.selection import thresholds_
+from . import reference
+from .reference import histogram_
+from .selection import thresholds_
 
 __all__ = ["adamw_importance_", "fuse_", "gradient_state_", "histogram_", "importance_ema_", "thresholds_"]
 

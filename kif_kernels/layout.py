@@ -25,5 +25,8 @@ WINDOW_SHIFT = 15
 STEP = 9
 """Bits that a level resolves: BINS = 2**STEP."""
 
+SHARDED_SHIFTS = (22, 13, 4, 0)
+"""Windows of a selection without state: every float32, then one bin of the window before."""
+
 APPROXIMATE_LIMIT = 1e-3
 """Approximate selection stops at a bin that holds at most this fraction of the elements."""

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from kif_kernels.backend import implementation
+from ._ops import add_op_namespace_prefix
+from .backend import implementation
 
 SCHEMAS = {
     "gradient_state_": "(Tensor grad, Tensor(a!) scale, Tensor(b!) skip, Tensor(c!) step, Tensor(d!) skipped, "
@@ -32,7 +33,7 @@ SCHEMAS = {
     "int numel, int[] starts, int[] numels, Tensor? chunks) -> ()",
 }
 
-_library = torch.library.Library("kif", "DEF")
+_library = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "DEF")
 
 
 def _on_device(name: str) -> Callable[..., None]:
@@ -49,4 +50,4 @@ def _fake(*args: Any) -> None:
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, _on_device(_name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"kif::{_name}", _fake, lib=_library)
+    torch.library.register_fake(add_op_namespace_prefix(_name), _fake, lib=_library)

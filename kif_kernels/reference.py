@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kif_kernels.layout import BINS
+from .layout import BINS
 
 
 def score(weight: Tensor, grad: Tensor) -> Tensor:

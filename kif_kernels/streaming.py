@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from kif_kernels.backend import backend_name
-from kif_kernels.checks import check_scores, mask_size
-from kif_kernels.layout import APPROXIMATE_LIMIT, BINS, LEVELS, ROW, WHOLE_SHIFT
-from kif_kernels.segments import Segments
+from ._ops import ops
+from .backend import backend_name
+from .checks import check_scores, mask_size
+from .layout import APPROXIMATE_LIMIT, BINS, LEVELS, ROW, WHOLE_SHIFT
+from .segments import Segments
 
 
 class StreamingThreshold:
@@ -148,7 +149,7 @@ class StreamingThreshold:
         if self._histograms is not None and not counted:
             # counts of a round that was not ended
             self._histograms[:, 0].zero_()
-        torch.ops.kif.thresholds_(
+        ops.thresholds_(
             self.thresholds,
             self._histograms,
             self._state,

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kif_kernels import reference
-from kif_kernels.kernels.common import BINS, bit_bins, flush, lerp, ranked_score, score
-from kif_kernels.kernels.launch import BLOCK, contiguous, flat, launch, lerp_weight, programs_for
+from .. import reference
+from .common import BINS, bit_bins, flush, lerp, ranked_score, score
+from .launch import BLOCK, contiguous, flat, launch, lerp_weight, programs_for
 
 
 # a flag that is 1 must not become a constant, and a kernel of its own

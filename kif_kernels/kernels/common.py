@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kif_kernels import layout
+from .. import layout
 
 BINS: tl.constexpr = tl.constexpr(layout.BINS)
 

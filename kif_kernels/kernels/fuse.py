@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kif_kernels import reference
-from kif_kernels.kernels.launch import BLOCK, contiguous, flat, launch, programs_for
-from kif_kernels.segments import SEGMENT_CHUNK
+from .. import reference
+from ..segments import SEGMENT_CHUNK
+from .launch import BLOCK, contiguous, flat, launch, programs_for
 
 
 @triton.jit

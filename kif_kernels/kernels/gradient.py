@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kif_kernels import reference
-from kif_kernels.kernels.launch import BLOCK, contiguous, launch
+from .. import reference
+from .launch import BLOCK, contiguous, launch
 
 BLOCKS_PER_PROGRAM = 16
 

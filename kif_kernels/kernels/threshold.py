@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kif_kernels import layout, reference
-from kif_kernels.kernels.common import BINS, bit_bins, flush
-from kif_kernels.kernels.launch import BLOCK, contiguous, flat, launch, programs_for
-from kif_kernels.segments import SEGMENT_CHUNK
+from .. import layout, reference
+from ..segments import SEGMENT_CHUNK
+from .common import BINS, bit_bins, flush
+from .launch import BLOCK, contiguous, flat, launch, programs_for
 
 LEVELS: tl.constexpr = tl.constexpr(layout.LEVELS)
 ROW: tl.constexpr = tl.constexpr(layout.ROW)
