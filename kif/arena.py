@@ -39,7 +39,8 @@ class ParameterArena:
     """Takes over parameters: their data and gradients become views of `data` and `grad`.
 
     It stays valid under `state_dict`, `load_state_dict`, PEFT saving and `model.to(device)` (noticed at the next
-    `check`, which moves all buffers along). A parameter re-assigned on its own is reported by name.
+    `check`, which moves all buffers along). A parameter re-assigned on its own is reported by name. A parameter that
+    the model uses in several places (tied embeddings, shared adapters) lies in it once, under its first name.
 
     Args:
         parameters: (name, parameter) pairs, float32, on one device; for instance the trainable ones of
@@ -54,17 +55,26 @@ class ParameterArena:
         buffers: further flat buffers by name, made by `buffer`.
 
     Raises: ArenaError for no parameters at all, a name or tensor given twice, a dtype other than float32, several
-        devices, or a parameter that does not require a gradient; the message names it.
+        devices, a parameter that does not require a gradient, shares memory with another one, or is of an adapter that
+        is not active; the message names it.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], model: nn.Module | None = None) -> None:
         named = list(parameters)
         _check_parameters(named)
+        everything = list(model.named_parameters(remove_duplicate=False)) if model is not None else []
+        _check_memory(named, everything)
         self._owners: list[tuple[nn.Module, str]] = []
+        self._ties: list[tuple[str, nn.Module, str, int]] = []
         if model is not None:
-            for name, _ in named:
-                path, _, attribute = name.rpartition(".")
-                self._owners.append((model.get_submodule(path), attribute))
+            _check_adapters(model)
+            self._owners = [_owner(model, name) for name, _ in named]
+            numbers = {id(parameter): i for i, (_, parameter) in enumerate(named)}
+            self._ties = [
+                (name, *_owner(model, name), numbers[id(parameter)])
+                for name, parameter in everything
+                if id(parameter) in numbers and name != named[numbers[id(parameter)]][0]
+            ]
         self._parameters = [parameter for _, parameter in named]
         self.segments: list[Segment] = []
         end = 0
@@ -105,14 +115,21 @@ class ParameterArena:
 
         Gradients that were set to None or replaced are put back into the arena with their values. When every
         parameter lies elsewhere (`model.to`, `load_state_dict(assign=True)`) the arena follows.
-        Raises: ArenaError naming a single parameter that was re-assigned, or one that is no longer float32.
+        Raises: ArenaError naming a single parameter that was re-assigned, one that is no longer float32, no longer
+            tied to what it was tied to, or no longer trained.
         """
-        base = self.data.data_ptr()
+        base, present = self.data.data_ptr(), self._live()
         strays = [
             segment.name
-            for segment, ours, live in zip(self.segments, self._parameters, self._live(), strict=True)
+            for segment, ours, live in zip(self.segments, self._parameters, present, strict=True)
             if live is not ours or live.data_ptr() != base + 4 * segment.start
         ]
+        for name, module, attribute, number in self._ties:
+            if getattr(module, attribute) is not present[number]:
+                raise ArenaError(
+                    f"parameter {name} was tied to {self.segments[number].name} and no longer is: tie them again "
+                    "(model.tie_weights()), or make a new arena"
+                )
         if len(strays) == len(self.segments):
             self.rebind()
         elif strays:
@@ -122,6 +139,11 @@ class ParameterArena:
             )
         base = self.grad.data_ptr()
         for segment, parameter in zip(self.segments, self._parameters, strict=True):
+            if not parameter.requires_grad:
+                raise ArenaError(
+                    f"parameter {segment.name} is no longer trained: make its adapter the active one again "
+                    "(model.set_adapter), or a new arena of what is trained now"
+                )
             if parameter.grad is None or parameter.grad.data_ptr() != base + 4 * segment.start:
                 view = segment.view(self.grad)
                 if parameter.grad is None:
@@ -192,8 +214,52 @@ def _check_parameters(named: list[tuple[str, nn.Parameter]]) -> None:
         if parameter.device != named[0][1].device:
             raise ArenaError(f"parameter {name} is on {parameter.device}, {named[0][0]} on {named[0][1].device}")
         if id(parameter) in seen:
-            raise ArenaError(f"parameters {seen[id(parameter)]} and {name} are the same tensor")
+            raise ArenaError(f"parameters {seen[id(parameter)]} and {name} are the same tensor: give it once")
         if name in names:
             raise ArenaError(f"two parameters have the name {name}")
         seen[id(parameter)] = name
         names.add(name)
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter, and the attribute there."""
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute
+
+
+def _check_memory(named: list[tuple[str, nn.Parameter]], everything: list[tuple[str, nn.Parameter]]) -> None:
+    """Raise ArenaError where a parameter overlaps with another one: in the arena they would part unnoticed."""
+    trained = {id(parameter) for _, parameter in named}
+    spans = []
+    for name, parameter in dict((id(p), (n, p)) for n, p in (*everything, *named)).values():
+        if parameter.device == named[0][1].device and parameter.device.type != "meta" and parameter.numel():
+            pairs = zip(parameter.shape, parameter.stride(), strict=True)
+            size = parameter.element_size() * (1 + sum((length - 1) * stride for length, stride in pairs))
+            spans.append((parameter.data_ptr(), parameter.data_ptr() + size, name, id(parameter) in trained))
+    furthest = (0, 0, "", False)
+    for span in sorted(spans):
+        if span[0] < furthest[1] and (span[3] or furthest[3]):
+            raise ArenaError(
+                f"parameters {furthest[2]} and {span[2]} are different ones in the same memory, and in the arena each "
+                "has its own: use one parameter in both places, or clone one"
+            )
+        furthest = max(furthest, span, key=lambda entry: entry[1])
+
+
+def _check_adapters(model: nn.Module) -> None:
+    """Raise ArenaError for trainable parameters of an inactive PEFT adapter, which weight decay would change."""
+    for path, module in model.named_modules():
+        active = getattr(module, "active_adapters", None)
+        if not isinstance(active, list) or not hasattr(module, "adapter_layer_names"):
+            continue
+        for kind in module.adapter_layer_names:
+            adapters = getattr(module, kind, None)
+            if not isinstance(adapters, (nn.ModuleDict, nn.ParameterDict)):
+                continue
+            for adapter, held in adapters.items():
+                parameters = [held] if isinstance(held, nn.Parameter) else list(held.parameters())
+                if adapter not in active and any(parameter.requires_grad for parameter in parameters):
+                    raise ArenaError(
+                        f"parameter {path}.{kind}.{adapter} is trainable, but its adapter {adapter!r} is not active: "
+                        "call model.set_adapter with the one to train, or requires_grad_(False) on it"
+                    )

@@ -320,14 +320,24 @@ class RunConfig:
         continue_from: folder of a finished run to continue with further tasks; on the command line also `--from`.
             What was learned, replay memory, method, model and adapter settings come from it.
         checkpoint_rounds: rounds between checkpoints within a task. Default: checkpoints at the end of tasks only.
+        keep_checkpoints: how many of the last checkpoints are kept; where one is damaged, the one before is used.
         seed: seed of everything random (adapter init, dropout, shuffling, replay memory).
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ...
         precision: `fp32` or `bf16` for the base model; the adapter is fp32 always. `fp16` is refused.
+        quantization: keep the base model's linear layers in 8 bits (`int8`, LLM.int8) or 4 bits (`nf4`, `fp4`), by
+            bitsandbytes (pip install "recurrent-kif[bnb]"). `precision` is that of the rest and of the products (with
+            int8 these are fp16 at most). Output layer, embeddings, norms and T5's `wo` stay as they are.
 
         lora_r: rank of the adapter.
         lora_alpha: LoRA scaling numerator; the scale is lora_alpha / lora_r.
         lora_dropout: dropout on the adapter's input.
-        target_modules: names of the linear layers that get an adapter. Default: query and value projections.
+        use_rslora: scale by lora_alpha / sqrt(lora_r) instead (rsLoRA).
+        rank_pattern: ranks of single layers, which then have lora_alpha over theirs as scale. A key is a layer's name,
+            its ending after a dot, or a regular expression for these; the first that fits holds, as in PEFT.
+        target_modules: names of the linear layers that get an adapter, or `all-linear`: all but the output layer.
+            Default: query and value projections.
+        modules_to_save: modules that are trained whole and saved with the adapter, such as norms or an output layer of
+            its own; all whose names end so, as in PEFT.
         head: encoders only. `cosine`: class scores are 20 times the cosine of the pooled text with the label
             names' own embeddings by the base model; `linear`: a classification layer shared by all tasks,
             trained and saved with the adapter.
@@ -390,14 +400,19 @@ class RunConfig:
     resume: bool = False
     continue_from: str | None = None
     checkpoint_rounds: int | None = None
+    keep_checkpoints: int = 2
     seed: int = 0
     device: str = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    quantization: Literal["none", "int8", "nf4", "fp4"] = "none"
 
     lora_r: int = 8
     lora_alpha: int = 32
     lora_dropout: float = 0.05
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] | None = None
     target_modules: list[str] | None = None
+    modules_to_save: list[str] | None = None
     head: Literal["cosine", "linear"] = "cosine"
     label_space: Literal["union", "task"] = "union"
 
@@ -447,7 +462,7 @@ class RunConfig:
         positive = (
             "lora_r", "lora_alpha", "max_length", "max_target_length", "limit_train", "limit_eval", "epochs",
             "steps_per_task", "batch_size", "outer_batch_size", "gradient_accumulation", "eval_batch_size",
-            "max_new_tokens", "lr", "outer_lr", "eps", "checkpoint_rounds",
+            "max_new_tokens", "lr", "outer_lr", "eps", "checkpoint_rounds", "keep_checkpoints",
         )  # fmt: skip
         for name in positive:
             value = getattr(self, name)
@@ -462,6 +477,11 @@ class RunConfig:
         for name in ("memory_fraction", "holdout"):
             if not 0.0 < getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+        for key, rank in (self.rank_pattern or {}).items():
+            if rank <= 0:
+                raise ValueError(f"rank_pattern must hold positive ranks, got {rank} for {key!r}")
+        if "all-linear" in (self.target_modules or ()) and len(self.target_modules or ()) > 1:
+            raise ValueError("target_modules must hold all-linear alone, which is all layers already")
         if self.template is not None and self.template.count("{input}") != 1:
             raise ValueError(f"template must hold {{input}} once, got {self.template!r}")
         if self.order is not None and self.tasks:

@@ -24,6 +24,9 @@ def export(run: Path, output: Path, *, checkpoint: int | None = None, dtype: str
     """Merge a run's adapter into its base model, in fp32, and write model, tokenizer and `kif.json`; returns the name
     of the Auto class that loads the folder.
 
+    A base that was quantised in training is loaded unquantised, so that the written model lacks the rounding that the
+    adapter was trained with: it answers nearly, not exactly, as the run does.
+
     `kif.json` says how prompts are made: family, longest prompt, and template, instruction and labels of each task. For
     an encoder with head=cosine the model is the encoder alone, and label_embeddings.safetensors holds what its pooled
     texts are compared with: the label names' embeddings by the original base model, which the merged one would not
@@ -55,7 +58,7 @@ def export(run: Path, output: Path, *, checkpoint: int | None = None, dtype: str
     wanted = dtype or trained.precision
     if wanted not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {wanted!r}")
-    config = replace(trained, **{"device": "cpu", **changes, "precision": "fp32"})
+    config = replace(trained, **{"device": "cpu", **changes, "precision": "fp32", "quantization": "none"})
     folder = adapter_folder(run, known, checkpoint)
     lm: Any = load_language_model(config, {task.name: task.labels for task in known}, adapter=folder)
     info: dict[str, Any] = {

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kif.adapters import adapter_in_fp32, new_adapter, task_type
 from kif.config import RunConfig
 from kif.decoder import DecoderModel
 from kif.encoder import EncoderModel, union_of_labels
 from kif.families import Family, LanguageModel
 from kif.seq2seq import EncoderDecoderModel
-
-HEADS = ("classifier", "score")
-"""Names of classification layers that PEFT trains and saves by itself."""
+from kif.tokenization import check_origin
 
 
 def load_language_model(
@@ -26,14 +27,17 @@ def load_language_model(
     """The configured base model with a LoRA adapter, on the configured device; code from model folders never runs.
 
     The base model has the configured precision and is frozen, adapter and classification layer are fp32. New
-    weights are drawn on the CPU from `config.seed`; the global random state stays as it was.
+    weights are drawn on the CPU from `config.seed`; the global random state stays as it was. A quantised base needs no
+    further preparation: what bitsandbytes leaves alone has the configured precision, and gradients pass through its
+    layers to the adapter's.
 
     Args:
-        config: model, precision, device, adapter, head and lengths.
+        config: model, precision, quantization, device, adapter, head and lengths.
         labels: label list of each task, in training order; None for free text.
         adapter: PEFT folder to continue from, instead of a new adapter. Its own rank, alpha and target modules hold.
-    Raises: ValueError naming the cause: no or an unsupported model, fp16, unknown target modules, a sequence longer
-        than the model's positions, a task without labels for an encoder, an adapter of another kind or base model.
+    Raises: ValueError naming the cause: no or an unsupported model, fp16, quantization that cannot be had, what
+        `kif.adapters` refuses, a sequence longer than the model's positions, a task without labels for an encoder, an
+        adapter of another kind or base model.
         FileNotFoundError if `adapter` holds none.
     """
     from transformers import AutoConfig, AutoTokenizer
@@ -50,15 +54,19 @@ def load_language_model(
     tokenizer = _from_pretrained(AutoTokenizer, name)
     _check_tokenizer(tokenizer, family, name)
     _check_lengths(config, family, model_config, tokenizer)
+    quantized = _quantization(config, family, model_config, name, device)
 
     with _seeded(config.seed):
-        base, new_layers = _load_base(name, model_config, family, config, len(classes))
+        base, new_layers = _load_base(name, model_config, family, config, len(classes), quantized)
         if adapter is None:
-            model = _new_adapter(base, family, config, new_layers)
+            model = new_adapter(base, family, config, new_layers)
         else:
             model = _load_adapter(base, family, config, name, Path(adapter))
-    _adapter_in_fp32(model)
-    model.to(device)
+            check_origin(Path(adapter), tokenizer, name)
+    adapter_in_fp32(model, new_layers)
+    if not quantized:
+        # a quantised base was loaded where it is to run, and PEFT put the adapter there
+        model.to(device)
 
     lengths = {"max_length": config.max_length, "max_target_length": config.max_target_length}
     if family == "encoder-decoder":
@@ -126,6 +134,42 @@ def _check_precision(precision: str, model_type: str) -> None:
     raise ValueError("precision fp16 is not supported here; use bf16 or fp32")
 
 
+def _quantization(
+    config: RunConfig, family: Family, model_config: Any, name: str, device: torch.device
+) -> dict[str, Any]:
+    """Options of `from_pretrained` for the configured quantization; none for `none`. Raises: ValueError."""
+    if getattr(model_config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"model {name} is stored quantised, so that nothing could be merged into it: give the original one, and "
+            "set quantization"
+        )
+    kind = config.quantization
+    if kind == "none":
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f'quantization {kind} needs bitsandbytes: pip install "recurrent-kif[bnb]"')
+    if family == "encoder" and config.head == "linear":
+        raise ValueError(
+            f"quantization {kind} does not work with head=linear, whose new classification layer would be quantised "
+            "before it is trained: use head=cosine, or quantization none"
+        )
+    from transformers import BitsAndBytesConfig
+
+    # it warns of every product, and of a kernel for packed weights (see `_load_base`)
+    for part in ("autograd._functions", "backends.cpu.ops"):
+        logging.getLogger(f"bitsandbytes.{part}").addFilter(_is_of_note)
+    if kind == "int8":
+        wanted = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        compute = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        wanted = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=compute)
+    return {"quantization_config": wanted, "device_map": {"": device}}
+
+
+def _is_of_note(record: logging.LogRecord) -> bool:
+    return not any(part in str(record.msg) for part in ("inputs will be cast", "gemm_4bit_forward"))
+
+
 def _check_tokenizer(tokenizer: Any, family: Family, name: str) -> None:
     if not tokenizer.is_fast:
         raise ValueError(f"model {name}: its tokenizer gives no offsets; a fast tokenizer (tokenizer.json) is needed")
@@ -158,7 +202,9 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _load_base(name: str, model_config: Any, family: Family, config: RunConfig, classes: int) -> tuple[Any, list[str]]:
+def _load_base(
+    name: str, model_config: Any, family: Family, config: RunConfig, classes: int, quantized: Mapping[str, Any]
+) -> tuple[Any, list[str]]:
     """The base model, and the names of those of its layers that the checkpoint does not hold."""
     import transformers
 
@@ -169,6 +215,7 @@ def _load_base(name: str, model_config: Any, family: Family, config: RunConfig, 
         "dtype": torch.bfloat16 if config.precision == "bf16" and not wo_in_fp32 else torch.float32,
         "trust_remote_code": False,
         "output_loading_info": True,
+        **quantized,
     }
     if family == "encoder-decoder":
         auto: Any = transformers.AutoModelForSeq2SeqLM
@@ -182,8 +229,13 @@ def _load_base(name: str, model_config: Any, family: Family, config: RunConfig, 
     base, info = auto.from_pretrained(name, **options)
     if wo_in_fp32:
         for parameter_name, parameter in base.named_parameters():
-            if "wo" not in parameter_name.split("."):
+            if "wo" not in parameter_name.split(".") and parameter.is_floating_point():
                 parameter.data = parameter.data.to(torch.bfloat16)
+
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # a 4-bit layer on such a CPU is packed for good by its first evaluation, and no gradient passes any more
+            module.support_avx512bf16_for_cpu = False
 
     new_layers = sorted({key.rpartition(".")[0] for key in info["missing_keys"]})
     if family == "encoder" and config.head == "cosine":
@@ -212,62 +264,6 @@ def _forget_generation_settings(base: Any) -> None:
     )
 
 
-def _task_type(family: Family, head: str) -> str:
-    if family == "encoder":
-        return "SEQ_CLS" if head == "linear" else "FEATURE_EXTRACTION"
-    return "SEQ_2_SEQ_LM" if family == "encoder-decoder" else "CAUSAL_LM"
-
-
-def _new_adapter(base: Any, family: Family, config: RunConfig, new_layers: Collection[str]) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    lora = LoraConfig(
-        task_type=_task_type(family, config.head),
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=target_modules(base, config.target_modules),
-        # the classification layer itself is added by PEFT
-        modules_to_save=[layer for layer in new_layers if not layer.split(".")[0].endswith(HEADS)] or None,
-    )
-    return get_peft_model(base, lora)
-
-
-def target_modules(base: Any, wanted: list[str] | None) -> list[str] | str:
-    """The layers that get an adapter: `wanted`, or PEFT's choice for the model type (query and value).
-
-    Raises: ValueError listing the model's linear layers, if a name matches none of them or PEFT has no choice.
-    """
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as choices
-
-    layers = linear_layers(base)
-    listed = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
-    if wanted is None:
-        if base.config.model_type not in choices:
-            raise ValueError(
-                f"there is no default for target_modules of model type {base.config.model_type!r}; "
-                f"set it to some of the model's linear layers: {listed}"
-            )
-        choice = choices[base.config.model_type]
-        return choice if isinstance(choice, str) else list(choice)
-    for name in wanted:
-        if not any(layer == name or layer.endswith(f".{name}") for layer in layers):
-            raise ValueError(f"target_modules: no linear layer is named {name!r}; there are {listed}")
-    return list(wanted)
-
-
-def linear_layers(base: Any) -> list[str]:
-    """Full names of all linear layers but those that make the output."""
-    from transformers.pytorch_utils import Conv1D
-
-    output = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    return [
-        name
-        for name, module in base.named_modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not output and not name.startswith(HEADS)
-    ]
-
-
 def _load_adapter(base: Any, family: Family, config: RunConfig, name: str, folder: Path) -> Any:
     from peft import LoraConfig, PeftConfig, PeftModel
 
@@ -278,8 +274,8 @@ def _load_adapter(base: Any, family: Family, config: RunConfig, name: str, folde
     both = f"the adapter in {folder} was made for {recorded}, the run uses {name}"
     if not isinstance(saved, LoraConfig):
         raise ValueError(f"the adapter in {folder} is of type {saved.peft_type}, only LoRA is supported")
-    if saved.task_type != _task_type(family, config.head):
-        raise ValueError(f"{both}: its task type is {saved.task_type}, needed is {_task_type(family, config.head)}")
+    if saved.task_type != task_type(family, config.head):
+        raise ValueError(f"{both}: its task type is {saved.task_type}, needed is {task_type(family, config.head)}")
     if not _same_model(recorded, name):
         raise ValueError(both)
     with warnings.catch_warnings():
@@ -297,19 +293,3 @@ def _same_model(recorded: str, name: str) -> bool:
     if Path(recorded).is_dir():
         return Path(recorded).resolve() == Path(name).resolve()
     return Path(recorded).name == Path(name).name
-
-
-def _adapter_in_fp32(model: Any) -> None:
-    """Trained parameters in fp32, and inputs in fp32 for the layers that are trained whole."""
-    from peft.utils import ModulesToSaveWrapper
-
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            module.register_forward_pre_hook(_inputs_in_fp32)
-
-
-def _inputs_in_fp32(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(value.float() if torch.is_tensor(value) and value.is_floating_point() else value for value in inputs)

@@ -43,9 +43,10 @@ class Method(ABC):
         section: the part of RunConfig with its own hyperparameters (`kif.config.SECTIONS`), if it has any.
         unused: fields of RunConfig, other than the sections of other methods, that have no effect on it.
         refused: the model families it cannot work with, and why.
+        refused_options: fields of RunConfig that it works with at their default only, and why.
         plain_adapter: whether PEFT alone answers from a saved adapter as the method does.
 
-    Raises: ValueError for a model of a refused family.
+    Raises: ValueError for a model of a refused family and a refused option.
     """
 
     name: ClassVar[str]
@@ -54,11 +55,16 @@ class Method(ABC):
     section: ClassVar[str | None] = None
     unused: ClassVar[tuple[str, ...]] = ()
     refused: ClassVar[Mapping[Family, str]] = {}
+    refused_options: ClassVar[Mapping[str, str]] = {}
     plain_adapter: ClassVar[bool] = True
 
     @classmethod
     def adapter_config(cls, config: RunConfig, tasks: int) -> RunConfig:
-        """The configuration by which the adapter for a sequence of so many tasks is made."""
+        """The configuration by which the adapter for a sequence of so many tasks is made.
+
+        Raises: ValueError for a refused option.
+        """
+        cls.check_options(config)
         return config
 
     @classmethod  # noqa: B027
@@ -71,8 +77,17 @@ class Method(ABC):
         if lm.family in cls.refused:
             raise ValueError(f"{cls.name} does not work with {lm.family} models: {cls.refused[lm.family]}")
 
+    @classmethod
+    def check_options(cls, config: RunConfig) -> None:
+        """Raise ValueError for a refused option that is not at its default."""
+        default = RunConfig()
+        for name, reason in cls.refused_options.items():
+            if getattr(config, name) != getattr(default, name):
+                raise ValueError(f"{name} does not work with {cls.name}, {reason}: leave it out")
+
     def __init__(self, lm: LanguageModel, config: RunConfig) -> None:
         self.check_family(lm)
+        self.check_options(config)
         self.lm, self.config = lm, config
         self.arena = ParameterArena.of(lm.model)
         self.stopwatch = Stopwatch()

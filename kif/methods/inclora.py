@@ -104,10 +104,11 @@ class IncLoRA(SingleAdapterMethod):
 
 
 def _scale_rank(path: Path, factor: int) -> None:
-    """A LoRA of `factor` times the rank with the same scale, alpha / r."""
+    """A LoRA of `factor` times the rank in every layer with the same scale, alpha / r or alpha / sqrt(r)."""
     import json
 
     config = json.loads(path.read_text(encoding="utf-8"))
     config["r"] *= factor
-    config["lora_alpha"] *= factor
+    config["rank_pattern"] = {key: rank * factor for key, rank in config["rank_pattern"].items()}
+    config["lora_alpha"] *= factor**0.5 if config["use_rslora"] else factor
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -109,9 +110,11 @@ class L2P(SingleAdapterMethod):
     section = "l2p"
     plain_adapter = False
     unused = (
-        "lora_r", "lora_alpha", "lora_dropout", "target_modules",
+        "lora_r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "target_modules",
         "outer_lr", "outer_batch_size", "memory_fraction", "memory_balanced",
     )  # fmt: skip
+
+    refused_options: ClassVar[Mapping[str, str]] = {"modules_to_save": "whose model stays frozen"}
 
     @classmethod
     def attach(cls, lm: LanguageModel, config: RunConfig, folder: Path) -> None:

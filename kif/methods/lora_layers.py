@@ -8,10 +8,20 @@ from torch import nn
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
-    """Linear layers with a LoRA pair, by full name. Raises: ValueError where there is none."""
+    """Linear layers with a LoRA pair of the adapter "default", by full name.
+
+    Raises: ValueError where there is none; naming the layer, for LoRA that is more than its pair (DoRA, lora_bias).
+    """
     layers = {name: module for name, module in model.named_modules() if _is_lora(module)}
     if not layers:
-        raise ValueError("this method needs linear layers with LoRA; the adapter has none")
+        raise ValueError('this method needs linear layers with LoRA in an adapter "default"; there is none')
+    for name, module in layers.items():
+        for option in ("use_dora", "lora_bias"):
+            if getattr(module, option, {}).get("default", False):
+                raise ValueError(
+                    f"this method reaches between the A and B of a LoRA pair, and {name} has {option}: make the "
+                    f"adapter with LoraConfig({option}=False)"
+                )
     return layers
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,14 @@ class MoELoRA(SingleAdapterMethod):
     plain_adapter = False
     unused = ("outer_lr", "outer_batch_size", "memory_fraction", "memory_balanced")
 
+    refused_options: ClassVar[Mapping[str, str]] = {
+        "rank_pattern": "whose experts are blocks of lora_r in every layer",
+        "use_rslora": "whose scale would depend on the number of experts",
+    }
+
     @classmethod
     def adapter_config(cls, config: RunConfig, tasks: int) -> RunConfig:
+        config = super().adapter_config(config, tasks)
         experts = config.moelora.experts or tasks
         return replace(config, lora_r=config.lora_r * experts, lora_alpha=config.lora_alpha * experts)
 

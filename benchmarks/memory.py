@@ -1,0 +1,202 @@
+"""How much memory a base model takes, quantised or not, with adapter and arena, at rest and in training.
+
+    python -m benchmarks.memory --model FOLDER --json FILE
+    python -m benchmarks.memory --model FOLDER --forms bf16 nf4 --device cuda --rows 8 --length 512
+
+Each form is loaded as `kif train` loads it, and trained for a round of Recurrent-KIF on rows of random tokens, in a
+process of its own, so that its peak is its own. On a CPU the last four columns are the process's resident memory, the
+interpreter and its libraries included (`before`), and a fp32 model may lie in its file until it is read; on a GPU they
+are torch's allocations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import resource
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.machine import _version, environment
+from kif.config import KIFConfig, RunConfig
+from kif.engine import RecurrentKIF
+from kif.families import Encoded, LanguageModel
+
+FORMS: dict[str, dict[str, Any]] = {
+    "fp32": {"precision": "fp32"},
+    "bf16": {"precision": "bf16"},
+    "int8": {"precision": "bf16", "quantization": "int8"},
+    "nf4": {"precision": "bf16", "quantization": "nf4"},
+    "fp4": {"precision": "bf16", "quantization": "fp4"},
+}
+"""Settings of RunConfig by the name in the table. What is not quantised is bf16."""
+
+TARGET = 8
+"""Tokens of a label."""
+
+PARTS = ("base", "adapter", "arena")
+PEAKS = ("before", "loaded", "loading", "training")
+
+
+class Peak:
+    """Bytes in use now and at most since the last `restart`: of the process on a CPU, of torch's allocator on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+
+    def restart(self) -> None:
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            with contextlib.suppress(OSError):  # the peak then counts from the start of the process
+                Path("/proc/self/clear_refs").write_text("5")
+
+    def now(self) -> int:
+        gc.collect()
+        if not self.cuda and sys.platform == "linux":
+            with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+                ctypes.CDLL("libc.so.6").malloc_trim(0)
+        return torch.cuda.memory_allocated() if self.cuda else _status("VmRSS")
+
+    def highest(self) -> int:
+        return torch.cuda.max_memory_allocated() if self.cuda else _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    """Bytes of a line of /proc/self/status; where there is none, the highest ever."""
+    path = Path("/proc/self/status")
+    for line in path.read_text().splitlines() if path.exists() else ():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def frozen_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes of all that is not trained, by dtype: parameters, buffers, and the scales of quantised weights."""
+    sizes: Counter[str] = Counter()
+    seen = set()
+    for tensor in (*model.parameters(), *model.buffers(), *(s for module in model.modules() for s in _scales(module))):
+        if not tensor.requires_grad and tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel() * tensor.element_size()
+    return dict(sizes)
+
+
+def _scales(module: Any) -> Iterator[Tensor]:
+    """What bitsandbytes keeps beside the quantised weight of a layer."""
+    weight = vars(module).get("_parameters", {}).get("weight")
+    state = getattr(weight, "quant_state", None)
+    while state is not None:
+        yield from (part for part in (state.absmax, state.code, getattr(state, "offset", None)) if part is not None)
+        state = getattr(state, "state2", None)
+    # an 8-bit layer takes its scales from the weight when it first runs
+    for owner in (weight, vars(module).get("state")):
+        if getattr(owner, "SCB", None) is not None:
+            yield owner.SCB
+
+
+def rows_of(lm: LanguageModel, count: int, length: int) -> list[Encoded]:
+    """Rows of random tokens, all of one length."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(len(lm.tokenizer), (count, length), generator=generator).tolist()
+    targets = [tuple(row[-TARGET:]) if lm.family != "encoder" else (0,) for row in ids]
+    return [Encoded(tuple(row), target, "random", False) for row, target in zip(ids, targets, strict=True)]
+
+
+def measure(model: str, form: str, device: str, rows: int, length: int) -> dict[str, Any]:
+    """One form in this process: bytes of its parts and peaks, and the mean loss of the first step."""
+    from kif.models import load_language_model, resolve_device
+
+    for package in ("transformers", "peft", *(["bitsandbytes"] if "quantization" in FORMS[form] else [])):
+        importlib.import_module(package)  # so that they count before the model
+    peak = Peak(resolve_device(device))
+    before = peak.now()
+    peak.restart()
+    config = RunConfig(model=model, device=device, max_length=length, max_target_length=TARGET, **FORMS[form])
+    lm = load_language_model(config, {"random": ("one", "two")})
+    loading, loaded = peak.highest(), peak.now()
+    engine = RecurrentKIF.of(lm.model, KIFConfig(inner_steps=2, outer_steps=1))
+    peak.restart()
+    lm.model.train()
+    losses = []
+    for step in ("inner_step", "inner_step", "outer_step"):
+        loss, count = lm.loss(lm.collate(rows_of(lm, rows, length)))
+        (loss / count).backward()
+        losses.append(float(loss.detach()) / count)
+        getattr(engine, step)(1e-4)
+    engine.fuse()
+    arena = engine.arena
+    flat = {"data": arena.data, "grad": arena.grad, **arena.buffers}
+    by_dtype = frozen_bytes(lm.model)
+    return {
+        "form": form,
+        "base": sum(by_dtype.values()),
+        "base_by_dtype": by_dtype,
+        "adapter": 4 * arena.numel,
+        "arena": sum(buffer.numel() * buffer.element_size() for buffer in flat.values()),
+        "arena_buffers": list(flat),
+        "before": before,
+        "loading": loading,
+        "loaded": loaded,
+        "training": peak.highest(),
+        "first_loss": losses[0],
+    }
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown, in MiB."""
+    lines = ["| | " + " | ".join((*PARTS, *PEAKS)) + " |", "|---" * (1 + len(PARTS) + len(PEAKS)) + "|"]
+    for result in results:
+        cells = [f"{result[name] / 2**20:.1f}" for name in (*PARTS, *PEAKS)]
+        lines.append(f"| {result['form']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or hub name of the base model")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=["fp32", "bf16", "int8", "nf4"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rows", type=int, default=2, help="rows of a step")
+    parser.add_argument("--length", type=int, default=64, help="tokens of a row")
+    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--here", action="store_true", help="measure the one form in this process and print it")
+    args = parser.parse_args(argv)
+    if args.here:
+        print(json.dumps(measure(args.model, args.forms[0], args.device, args.rows, args.length)))
+        return 0
+    results = []
+    shared = ["--model", args.model, "--device", args.device, "--rows", str(args.rows), "--length", str(args.length)]
+    for form in args.forms:
+        command = [sys.executable, "-m", "benchmarks.memory", "--here", "--forms", form, *shared]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            return done.returncode
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+    print(table(results))
+    if args.json is not None:
+        versions = {name: _version(name) for name in ("transformers", "peft", "bitsandbytes")}
+        content = {
+            "environment": {**environment(torch.device(args.device)), **versions},
+            "model": Path(args.model).name,
+            "rows": args.rows,
+            "length": args.length,
+            "results": results,
+        }
+        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""`benchmarks.memory`: what it counts is there, and what is written is what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import memory
+
+
+def test_parts_and_peaks(tiny_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
+        "--model",
+        str(tiny_models["llama"]),
+        "--rows",
+        "2",
+        "--length",
+        "16",
+        "--json",
+        str(tmp_path / "m.json"),
+    ]
+    assert memory.main([*options, "--forms", "fp32"]) == 0
+    printed = capsys.readouterr().out
+    content: Any = json.loads((tmp_path / "m.json").read_text())
+    full, half = *content["results"], memory.measure(str(tiny_models["llama"]), "bf16", "cpu", 2, 16)
+    # tiny llama: embeddings and output 384 x 16, attention 4 x 16 x 16, feed-forward 3 x 16 x 32, three norms of 16
+    elements = 2 * 384 * 16 + 4 * 16 * 16 + 3 * 16 * 32 + 3 * 16
+    buffers = full["base_by_dtype"]["float32"] - 4 * elements
+    assert 0 <= buffers <= 64  # rotary frequencies
+    assert half["base_by_dtype"] == {"bfloat16": 2 * elements, "float32": buffers}
+    assert full["adapter"] == half["adapter"] == 4 * 2 * (8 * 16 + 16 * 8)
+    assert full["arena"] == half["arena"] == 4 * 4 * 8 * 16 * len(full["arena_buffers"])
+    assert {"data", "grad", "importance_in", "importance_out", "theta_start"} <= set(full["arena_buffers"])
+    assert full["before"] <= full["training"] and full["loaded"] <= full["loading"]
+    assert f"| fp32 | {full['base'] / 2**20:.1f} | {full['adapter'] / 2**20:.1f} |" in printed
+    assert content["environment"]["transformers"] and content["model"] == tiny_models["llama"].name
+
+
+def test_scales_of_quantised_weights_count(tiny_models: dict[str, Path]) -> None:
+    pytest.importorskip("bitsandbytes")
+    full, small = (memory.measure(str(tiny_models["llama"]), form, "cpu", 2, 16) for form in ("bf16", "nf4"))
+    quantised = 4 * 16 * 16 + 3 * 16 * 32
+    assert small["base_by_dtype"]["uint8"] == quantised // 2
+    assert small["base_by_dtype"]["bfloat16"] == full["base_by_dtype"]["bfloat16"] - 2 * quantised
+    # one scale for 64 weights, and the 16 values of the code for each layer
+    assert small["base_by_dtype"]["float32"] >= full["base_by_dtype"]["float32"] + 4 * quantised // 64 + 4 * 16
+    assert small["arena"] == full["arena"]
+    eight = memory.measure(str(tiny_models["llama"]), "int8", "cpu", 2, 16)
+    assert eight["base_by_dtype"]["int8"] == quantised
+    # one scale for each output of a layer
+    assert eight["base_by_dtype"]["float32"] == full["base_by_dtype"]["float32"] + 4 * (4 * 16 + 2 * 32 + 16)
