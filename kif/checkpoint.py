@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -20,52 +20,64 @@ from torch import Tensor
 
 from kif.distributed import gather, world
 from kif.families import Encoded
+from kif.faults import disk_space
+from kif.files import sync
 
 State = dict[str, Any]
 
 TENSORS, CONTENT = "tensors.safetensors", "state.json"
-KEPT = 2
 LEAF = "$tensor"
 """In JSON, {LEAF: name} stands for the tensor of this name."""
 
 
 class Checkpoints:
-    """The checkpoints in a folder, of which the last two are kept.
+    """The checkpoints in a folder, of which the last ones are kept.
 
     Args:
         folder: made when the first one is written.
+        keep: how many are kept, at least one.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder, self.keep = folder, keep
         self._last = 0
 
     def write(self, state: State) -> None:
         """Write the next checkpoint; a process or machine that dies meanwhile leaves the ones before as they are.
 
-        Raises: TypeError naming the entry that is no dict with string keys, list, tensor, number, string or None.
+        Raises: TypeError naming the entry that is no dict with string keys, list, tensor, number, string or None;
+            DiskFull, with the checkpoints before as they are.
         """
-        from safetensors.torch import save_file
-
         structure, tensors = flatten(state)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / "unfinished"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        save_file(tensors, temporary / TENSORS)
-        content = {"sha256": _checksum(temporary / TENSORS, structure), "state": structure}
-        (temporary / CONTENT).write_text(json.dumps(content), encoding="utf-8")
-        for path in (temporary / TENSORS, temporary / CONTENT, temporary):
-            _sync(path)
         target = self._path(self._last + 1)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
-        _sync(self.folder)
+        with disk_space(target, sum(t.nbytes for t in tensors.values()) + len(json.dumps(structure))):
+            temporary = self._write_unfinished(structure, tensors)
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+        sync(self.folder)
         self._last += 1
         for number in self._numbers():
             # a later one was found damaged
-            if not self._last - KEPT < number <= self._last:
+            if not self._last - self.keep < number <= self._last:
                 shutil.rmtree(self._path(number))
+
+    def _write_unfinished(self, structure: Any, tensors: dict[str, Tensor]) -> Path:
+        """The folder with both files, on disk but without its number; nothing where that fails."""
+        from safetensors.torch import save_file
+
+        temporary = self.folder / "unfinished"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir(parents=True)
+            save_file(tensors, temporary / TENSORS)
+            content = {"sha256": _checksum(temporary / TENSORS, structure), "state": structure}
+            (temporary / CONTENT).write_text(json.dumps(content), encoding="utf-8")
+            for path in (temporary / TENSORS, temporary / CONTENT, temporary):
+                sync(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        return temporary
 
     def read(self, device: torch.device) -> State | None:
         """The last checkpoint that is whole, its tensors on `device`; None if there is none.
@@ -78,7 +90,7 @@ class Checkpoints:
             path = self._path(number)
             try:
                 state = _read(path, device)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 if world()[0] == 0:
                     warnings.warn(f"checkpoint {path} is damaged and not used: {error}", stacklevel=2)
                 continue
@@ -88,11 +100,15 @@ class Checkpoints:
             raise RuntimeError(f"the processes see different checkpoints in {self.folder}: it must be shared by all")
         return state
 
+    def __bool__(self) -> bool:
+        """Whether there is any, whole or damaged."""
+        return bool(self._numbers())
+
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06d}"
 
     def _numbers(self) -> list[int]:
-        return sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdigit())
+        return sorted(int(path.name) for path in self.folder.glob("*") if re.fullmatch("[0-9]{6,9}", path.name))
 
 
 def flatten(state: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -169,6 +185,11 @@ def restore_random_state(states: Sequence[State], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
+def config_hash(identity: State) -> str:
+    """sha256 of all that must be equal for a run to be continued."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
 def difference(then: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
     """(dotted name, value then, value now) of the first entry in which two nested dicts differ."""
     if isinstance(then, dict) and isinstance(now, dict):
@@ -181,7 +202,7 @@ def difference(then: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | No
 
 
 def _read(path: Path, device: torch.device) -> State:
-    """Raises: OSError, ValueError, KeyError or TypeError for a checkpoint that is damaged."""
+    """Raises: OSError, ValueError, KeyError, TypeError or RecursionError for a checkpoint that is damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -203,12 +224,3 @@ def _checksum(tensors: Path, structure: Any) -> str:
             digest.update(block)
     digest.update(json.dumps(structure).encode())
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Have a file or a folder on disk, not in the system's cache only."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,8 @@
 """The command `kif`: train, eval, predict, memory, export, report, compare, methods, demo, doctor.
 
 Exit status: 0 only when all of it worked; 2 for bad usage, configuration or data, with one paragraph on stderr;
-1 for a run that failed; 130 when interrupted. Nothing heavy is imported before a command needs it.
+1 for a run that failed; 130 when interrupted; 143 when SIGTERM stopped a run, which can be resumed. Nothing heavy is
+imported before a command needs it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from kif.doctor import extra_of
+from kif.faults import PREEMPTED, Preempted, RunError
 
 Command = Callable[[Sequence[str]], int]
 
@@ -35,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
             status = _top_level(arguments)
         sys.stdout.flush()
         return status
+    except Preempted as stop:
+        return _complain(str(stop), PREEMPTED)
     except SystemExit as stop:  # argparse and tyro: --help, or a message already printed
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
@@ -47,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         if wanted is None:
             return _failed(error)
         return _complain(f"{error.name} is not installed; install it with: pip install {wanted}", 2)
+    except RunError as error:
+        return _complain(f"failed: {error}", 1)
     except Exception as error:
         return _complain(str(error), 2) if _refused(error) else _failed(error)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from kif.config import PRESETS, SECTIONS, KIFConfig, RunConfig
 from kif.configfile import ConfigError, changed, dump_config, load_config, nearest
 from kif.methods import ALIASES, METHODS
-from kif.run import with_absolute_folders
+from kif.resume import with_absolute_folders
 from kif.training import INCIDENTAL
 
 KIF = "recurrent-kif"

@@ -24,7 +24,7 @@ from kif.config import PRESETS, SECTIONS, KIFConfig, RunConfig
 _SYNONYMS = {"learning_rate": "lr", "num_train_epochs": "epochs", "max_steps": "steps_per_task", "bf16": "precision"}
 
 
-OF_ONE_RUN = ("order", "tasks", "output", "resume", "continue_from", "checkpoint_rounds")
+OF_ONE_RUN = ("order", "tasks", "output", "resume", "continue_from", "checkpoint_rounds", "keep_checkpoints")
 """Fields that a run does not take from the one it continues."""
 
 
@@ -48,9 +48,11 @@ def dump_config(config: RunConfig, path: str | Path) -> None:
     """Write `config` as YAML with every field spelled out; `load_config` reads back an equal object."""
     import yaml
 
+    from kif.files import write_text
+
     # other than ASCII is escaped: PyYAML would write U+0085 raw and read it back as a space
     text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-    Path(path).write_text(text, encoding="utf-8")
+    write_text(Path(path), text)
 
 
 def parse_run_config(argv: Sequence[str]) -> RunConfig:

@@ -24,6 +24,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "kernels": ("triton",),
     "bnb": ("bitsandbytes",),
     "bench": ("pytest", "pytest-benchmark"),
+    "docs": ("mkdocs", "mkdocs-material", "mkdocstrings-python"),
     "trl": ("trl",),
     "dev": ("hypothesis", "mypy", "pre-commit", "pytest-xdist", "ruff"),
 }  # fmt: skip

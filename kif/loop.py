@@ -13,9 +13,11 @@ from torch import Tensor
 from kif.batches import BatchStream
 from kif.checkpoint import pack_rows, random_state, restore_random_state, unpack_rows
 from kif.config import RunConfig
-from kif.distributed import all_reduce_, share, world
+from kif.distributed import all_reduce_, gather, share, world
 from kif.families import Encoded, LanguageModel
+from kif.faults import SkippedSteps
 from kif.methods import Method
+from kif.preemption import Preemption
 
 Record = dict[str, Any]
 State = dict[str, Any]
@@ -33,6 +35,7 @@ def train_phase(
     log: Callable[[Record], None],
     save: Callable[[State], None] | None = None,
     state: State | None = None,
+    stop: Preemption | None = None,
 ) -> dict[str, int]:
     """Train on one task (or, for MTL, on all) and return the number of `inner` and `outer` steps made.
 
@@ -49,9 +52,11 @@ def train_phase(
         rows: the phase's training rows.
         memory: rows of all tasks before it; empty in the first phase.
         log: called once a round with what happened; beside data and model, only this waits for the device.
-        save: called after every `config.checkpoint_rounds` rounds but the last with all that what follows depends on.
-            Tensors in it are live ones.
+        save: called after every `config.checkpoint_rounds` rounds but the last, and before the loop ends for `stop`,
+            with all that what follows depends on. Tensors in it are live ones.
         state: what `save` was called with, to continue from there; `log` is not called again for the rounds before.
+        stop: asked after every round but the last whether the run is to end.
+    Raises: Diverged when steps in a row had a gradient that is not finite; Preempted.
     """
     if state is not None:
         # a task may begin with what is known of earlier ones
@@ -75,6 +80,7 @@ def train_phase(
             replay.load_state_dict(state["replay"])
         method.load_state_dict(state["method"])
         restore_random_state(state["random"], lm.device)
+    watch = SkippedSteps(config, method.skipped, state["skipped_in_a_row"] if state is not None else 0)
     lm.model.train()
     for number, (inner_steps, outer_steps) in enumerate(rounds[begin:], begin):
         losses, outer_losses = [], []
@@ -89,6 +95,7 @@ def train_phase(
         method.end_round()
 
         outer_done += outer_steps
+        skipped = method.skipped
         log(
             {
                 "phase": index,
@@ -100,13 +107,17 @@ def train_phase(
                 "lr": config.lr * schedule(done - 1, total, config.warmup_steps),
                 "loss": _mean(losses),
                 "memory_loss": _mean(outer_losses),
-                "skipped": method.skipped,
+                "skipped": skipped,
                 "kept": method.kept,
                 "time": time.time(),
             }
         )
         finished = number + 1
-        if save and config.checkpoint_rounds and finished % config.checkpoint_rounds == 0 and finished < len(rounds):
+        watch.after_round(inner_steps + outer_steps, skipped, done + outer_done, finished == len(rounds))
+        if finished == len(rounds):
+            break
+        stopping = stop is not None and stop.agreed(lm.device)
+        if save and (stopping or (config.checkpoint_rounds and finished % config.checkpoint_rounds == 0)):
             save(
                 {
                     "round": finished,
@@ -117,8 +128,13 @@ def train_phase(
                     "replay": replay.state_dict() if replay is not None else None,
                     "method": method.state_dict(),
                     "random": random_state(lm.device),
+                    "skipped_in_a_row": watch.in_a_row,
                 }
             )
+        if stop is not None and stopping:
+            # the first process has written before any ends, which would end it too
+            gather(True)
+            raise stop.preempted()
     method.end_task(index)
     return {"inner": done, "outer": outer_done}
 

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kif import stored
-from kif.checkpoint import Checkpoints, State, difference
+from kif.checkpoint import Checkpoints
 from kif.config import SECTIONS, RunConfig
 from kif.distributed import broadcast_, first_process_first, local_device, world
 from kif.evaluate import check_scoring
 from kif.families import LanguageModel
+from kif.faults import less_memory_in_loading, memory_advice
+from kif.files import write_json
 from kif.methods import METHODS, Method
 from kif.models import load_language_model
+from kif.notes import warn_of_data
+from kif.preemption import Preemption, preemption
 from kif.progress import Progress
+from kif.resume import RESULTS, STATE, finished_results, identity_of, state_to_resume, with_absolute_folders
+from kif.runlog import RunLog
 from kif.stored import Earlier, KnownTask
-from kif.tasks import Example, Task, hold_out, limit_rows, load_order, load_tasks
-from kif.tokenization import TokenCache, cache_folder, content_key
-from kif.training import INCIDENTAL, RunLog, Training, checkpoint_folder, eval_rows, evaluate_task
+from kif.tasks import Task, hold_out, limit_rows, load_order, load_tasks
+from kif.tokenization import TokenCache, cache_folder, check_origin
+from kif.training import Training, checkpoint_folder, eval_rows, evaluate_task
 
-RESULTS = "results.json"
-STATE = "state"
 DATA_SEED = 0
 """Seed of data splits: not the run's, so that runs of several seeds train and are scored on equal rows."""
 
@@ -95,61 +99,62 @@ def train(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
     and the first one writes.
     Raises: ValueError or DataError before training for anything wrong in configuration or data, and where a run to
         resume or to continue was begun with others; FileExistsError when the folder holds a run; FileNotFoundError
-        when there is nothing to resume or continue.
+        when there is nothing to resume or continue; `kif.faults.RunError` for no memory, a full disk, gradients that
+        are not finite; `kif.preemption.Preempted` after SIGTERM.
     """
-    from kif.configfile import check_inputs, dump_config
-    from kif.doctor import environment
+    from kif.configfile import check_inputs
 
     config = check_inputs(config)
+    if config.resume and (Path(config.output) / RESULTS).is_file():
+        return finished_results(config)
+    with preemption("nothing is written yet, start it again") as stop:
+        return _train(config, progress, stop)
+
+
+def _train(config: RunConfig, progress: bool, stop: Preemption) -> dict[str, Any]:
+    from kif.configfile import dump_config
+    from kif.doctor import environment
+
     output = Path(config.output)
     rank, size = world()
-    if config.resume and (output / RESULTS).is_file():
-        return _finished(config)
     with first_process_first():
         if rank == 0 and not config.resume:
             check_unused(output)
         earlier = stored.read_earlier(Path(config.continue_from)) if config.continue_from else None
         tasks, new = _all_tasks(config, earlier)
-    torch.manual_seed(config.seed)
-    method_type = METHODS[config.method]
     adapter_tasks = earlier.adapter_tasks if earlier is not None else len(tasks)
-    adapter = method_type.adapter_config(replace(config, device=local_device(config.device)), adapter_tasks)
-    lm = load_language_model(adapter, {task.name: task.labels for task in tasks})
-    if earlier is not None:
-        stored.check_classes(lm, config, earlier.tasks)
-    method = method_type(lm, config)
-    if earlier is not None:
-        stored.check_method(method, tasks)
-    broadcast_(method.arena.data)
-    if rank > 0:
-        # rows of different processes get different dropout
-        torch.manual_seed(config.seed + rank)
+    with memory_advice(f"loading {config.model}", less_memory_in_loading(config)):
+        lm, method = _load(config, tasks, earlier, adapter_tasks)
     cache = TokenCache(cache_folder(config.cache_dir))
     with first_process_first():
-        if rank == 0:
-            warn_unused(config, method)
         encoded = {task.name: cache.encode(lm, task, task.train) for task in new}
         scored = [task for task in tasks if task.train]
         for task in scored:  # what cannot be scored must be known before training, not after
             check_scoring(lm, task, config.eval_mode)
             cache.encode(lm, task, eval_rows(config, task))
+        if rank == 0:
+            warn_unused(config, method)
+            warn_of_data(config, lm, new, partial(eval_rows, config), partial(cache.encode, lm))
         if earlier is not None:
             earlier = _still_valid(config, earlier, tasks)
 
-    checkpoints = Checkpoints(output / STATE)
-    identity = _identity(config, tasks, lm, earlier.memory if earlier is not None else {})
-    state = _resumed(config, checkpoints, identity, lm.device) if config.resume else None
+    checkpoints = Checkpoints(output / STATE, config.keep_checkpoints)
+    identity = identity_of(config, tasks, lm, earlier.memory if earlier is not None else {})
+    state = state_to_resume(config, checkpoints, identity, lm.device) if config.resume else None
     if rank == 0 and state is None:
         output.mkdir(parents=True, exist_ok=True)
         dump_config(with_absolute_folders(config), output / "config.yaml")
         place = {"device": str(lm.device), "processes": size, "seed": config.seed}
         write_json(output / "environment.json", {**environment(), **place})
+    stop.advice = f"the same command with --resume goes on with the run in {output}"
     with Progress(progress and rank == 0) as bar, RunLog(output / "metrics.jsonl", bar, state) as log:
-        training = Training(config, tasks, lm, method, encoded, cache, log, bar, checkpoints, identity, earlier)
+        training = Training(config, tasks, lm, method, encoded, cache, log, bar, checkpoints, identity, stop, earlier)
         results = training.run(state)
+    # what is left takes moments, and a run that ends in it would be finished no sooner
+    stop.hold()
     final = training.final()
     if rank == 0:
-        method.save_adapter(output / "adapter")
+        training.save_adapter(output / "adapter")
         old = {task.name: task for task in earlier.tasks} if earlier is not None else {}
         learned = [
             stored.known_task(task, eval_rows(config, task), old.get(task.name)) if task.train else old[task.name]
@@ -160,6 +165,28 @@ def train(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
         write_json(output / RESULTS, results)
         shutil.rmtree(checkpoints.folder)
     return results
+
+
+def _load(
+    config: RunConfig, tasks: Sequence[Task], earlier: Earlier | None, adapter_tasks: int
+) -> tuple[LanguageModel, Method]:
+    """The model with its adapter, equal in all processes, and the method. Raises: ValueError for what cannot be."""
+    torch.manual_seed(config.seed)
+    method_type = METHODS[config.method]
+    adapter = method_type.adapter_config(replace(config, device=local_device(config.device)), adapter_tasks)
+    lm = load_language_model(adapter, {task.name: task.labels for task in tasks})
+    if earlier is not None:
+        stored.check_classes(lm, config, earlier.tasks)
+        check_origin(earlier.run / "adapter", lm.tokenizer, config.model)
+    method = method_type(lm, config)
+    if earlier is not None:
+        stored.check_method(method, tasks)
+    broadcast_(method.arena.data)
+    rank = world()[0]
+    if rank > 0:
+        # rows of different processes get different dropout
+        torch.manual_seed(config.seed + rank)
+    return lm, method
 
 
 def evaluate_run(
@@ -223,26 +250,6 @@ def check_unused(output: Path) -> None:
         raise FileExistsError(f"{output} is not empty: choose another --output, remove it, or --resume the run in it")
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def with_absolute_folders(config: RunConfig) -> RunConfig:
-    """The configuration with model and data folders as absolute paths, so that it holds in any working directory.
-
-    It does not ask to resume, so that a new run can be made of it.
-    """
-    found: dict[str, Any] = {
-        name: str(Path(value).resolve())
-        for name, value in (("model", config.model), ("data", config.data), ("continue_from", config.continue_from))
-        if value and Path(value).is_dir()
-    }
-    return replace(config, resume=False, **found)
-
-
 def warn_unused(config: RunConfig, method: Method) -> None:
     """Warn of fields that were set although the method or the model's family makes no use of them."""
     default = RunConfig()
@@ -288,62 +295,3 @@ def _still_valid(config: RunConfig, earlier: Earlier, tasks: Sequence[Task]) -> 
     return replace(
         earlier, accuracy=accuracy, zero_shot={name: s for name, s in earlier.zero_shot.items() if name in valid}
     )
-
-
-def _identity(
-    config: RunConfig, tasks: Sequence[Task], lm: LanguageModel, memory: Mapping[str, Sequence[Example]]
-) -> State:
-    """What must be equal for a run to be continued: configuration, data by content, number of processes."""
-    settings = asdict(with_absolute_folders(config))
-    for name in (*INCIDENTAL, "data"):
-        del settings[name]
-    data = {
-        task.name: {
-            f"{len(rows)} rows to {use}": content_key(lm, task, rows)
-            for use, rows in (
-                ("replay", memory[task.name]) if task.name in memory else ("train", task.train),
-                ("score", eval_rows(config, task) if task.train else ()),
-            )
-        }
-        for task in tasks
-    }
-    return {**settings, "names": [task.name for task in tasks], "data": data, "processes": world()[1]}
-
-
-def _resumed(config: RunConfig, checkpoints: Checkpoints, identity: State, device: torch.device) -> State:
-    """The checkpoint to continue from. Raises: FileNotFoundError without one; ValueError for one of another run."""
-    state = checkpoints.read(device)
-    if state is None:
-        raise FileNotFoundError(
-            f"{checkpoints.folder} holds no checkpoint to resume from: remove {config.output} and start again without "
-            "resume"
-        )
-    _check_same(config, state["identity"], identity)
-    return state
-
-
-def _finished(config: RunConfig) -> dict[str, Any]:
-    """The results of a finished run that is asked to resume. Raises: ValueError where its configuration differs."""
-    from kif.configfile import load_config
-
-    output = Path(config.output)
-    then, now = (asdict(with_absolute_folders(c)) for c in (load_config(output / "config.yaml"), config))
-    for name in INCIDENTAL:
-        del then[name], now[name]
-    _check_same(config, then, now)
-    if world()[0] == 0:
-        # of a run that ended before it could remove them
-        shutil.rmtree(output / STATE, ignore_errors=True)
-        warnings.warn(f"{output} is finished: there is nothing to resume, these are its results", stacklevel=3)
-    results: dict[str, Any] = json.loads((output / RESULTS).read_text(encoding="utf-8"))
-    return results
-
-
-def _check_same(config: RunConfig, then: State, now: State) -> None:
-    found = difference(then, now)
-    if found is not None:
-        name, old, new = found
-        raise ValueError(
-            f"{config.output} was begun with {name}={old!r}, now it is {new!r}: resume it as it was, or choose another "
-            "--output"
-        )

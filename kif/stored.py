@@ -18,16 +18,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kif.config import SECTIONS, RunConfig
+from kif.files import write_text
 from kif.tasks import DataError, Example, Task, _example, _lines, _read_object, suggest
 
 TASKS, MEMORY, FINAL = "tasks.json", "memory", "final"
 
 FREE = (
-    "data", "order", "tasks", "output", "resume", "continue_from", "checkpoint_rounds", "device", "cache_dir",
-    "limit_train", "limit_eval", "lr", "outer_lr", "epochs", "steps_per_task", "batch_size", "outer_batch_size",
-    "gradient_accumulation", "warmup_steps", "weight_decay", "beta1", "beta2", "eps", "max_grad_norm",
-    "memory_fraction", "memory_balanced", "eval_split", "holdout", "eval_mode", "eval_batch_size", "max_new_tokens",
-    "eval_forward",
+    "data", "order", "tasks", "output", "resume", "continue_from", "checkpoint_rounds", "keep_checkpoints", "device",
+    "cache_dir", "limit_train", "limit_eval", "lr", "outer_lr", "epochs", "steps_per_task", "batch_size",
+    "outer_batch_size", "gradient_accumulation", "warmup_steps", "weight_decay", "beta1", "beta2", "eps",
+    "max_grad_norm", "memory_fraction", "memory_balanced", "eval_split", "holdout", "eval_mode", "eval_batch_size",
+    "max_new_tokens", "eval_forward",
 )  # fmt: skip
 """Fields of RunConfig that a continued run may have otherwise than the run before it."""
 
@@ -122,12 +123,21 @@ def read_tasks(run: Path) -> tuple[tuple[KnownTask, ...], int]:
     path = run / TASKS
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: {run} is no finished run, or one of an older version")
+    from pydantic import TypeAdapter, ValidationError
+
     content = _read_object(path)
     try:
-        tasks = [{**task, "labels": task["labels"] and tuple(task["labels"])} for task in content["tasks"]]
-        return tuple(KnownTask(**task) for task in tasks), int(content["adapter_tasks"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"is damaged: {type(error).__name__}: {error}", path) from error
+        tasks = TypeAdapter(tuple[KnownTask, ...]).validate_python(content.get("tasks"))
+        adapter_tasks = TypeAdapter(int).validate_python(content.get("adapter_tasks"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise DataError(f"is damaged: {key + ': ' if key else ''}{first['msg']}", path) from error
+    for task in tasks:
+        # names are parts of paths
+        if task.name in ("", ".", "..") or set(task.name) & {"/", "\0"}:
+            raise DataError(f"is damaged: {task.name!r} cannot be a task's name", path)
+    return tasks, adapter_tasks
 
 
 def read_memory(run: Path, task: KnownTask) -> list[tuple[int, Example]]:
@@ -341,7 +351,4 @@ def _line(row: Example) -> str:
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:
-    """Write a text file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes("".join(f"{line}\n" for line in lines).encode())
-    temporary.replace(path)
+    write_text(path, "".join(f"{line}\n" for line in lines))

@@ -14,8 +14,10 @@ import codecs
 import difflib
 import gzip
 import json
+import os
 import random
 import re
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -210,6 +212,22 @@ def suggest(name: str, known: Sequence[str]) -> str:
     return (f"did you mean {lower[near[0]]!r}? " if near else "") + f"there are {', '.join(known[:15])}{more}"
 
 
+def _suggest_label(answer: str, labels: Sequence[str]) -> str:
+    """As `suggest`; of a label that looks like a known one it is said which characters differ."""
+
+    def visible(text: str) -> str:
+        plain = unicodedata.normalize("NFKC", text)
+        return "".join(character for character in plain if unicodedata.category(character) not in ("Cf", "Cc")).strip()
+
+    def codes(text: str) -> str:
+        return " ".join(f"U+{ord(character):04X}" for character in text)
+
+    for label in labels:
+        if visible(label) == visible(answer):
+            return f"it looks like {label!r}, but its characters are {codes(answer)} and not {codes(label)}"
+    return suggest(answer, labels)
+
+
 def _load_task(folder: Path, name: str, manifest: dict[str, Any]) -> Task:
     path = folder / "manifest.json"
     template = manifest.get("prompt_template", DEFAULT_TEMPLATE)
@@ -256,7 +274,7 @@ def _read_split(folder: Path, split: str, labels: tuple[str, ...] | None) -> tup
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Numbered lines of a plain or gzip file that are not blank."""
     try:
-        data = path.read_bytes()
+        data = _content(path)
         if path.suffix == ".gz":
             data = gzip.decompress(data)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -266,6 +284,17 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         if line.strip():
             yield number, line
+
+
+def _content(path: Path) -> bytes:
+    """All bytes of a file that nobody writes to meanwhile. Raises: DataError where somebody did; OSError."""
+    with path.open("rb") as file:
+        before = os.fstat(file.fileno())
+        data = file.read()
+        after = os.fstat(file.fileno())
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise DataError("changed while it was read: try again when it is complete", path)
+    return data
 
 
 def _parse(path: Path, number: int | None, data: bytes) -> dict[str, Any]:
@@ -312,7 +341,9 @@ def _example(path: Path, number: int, line: bytes, labels: tuple[str, ...] | Non
         if not answer.strip():
             raise DataError("is empty, so there is nothing to learn or score: delete this line", path, number, name)
         if labels is not None and answer not in labels:
-            raise DataError(f"{answer!r} is no label of this task; {suggest(answer, labels)}", path, number, name)
+            raise DataError(
+                f"{answer!r} is no label of this task; {_suggest_label(answer, labels)}", path, number, name
+            )
     return Example(instruction, source, label, tuple(dict.fromkeys(answer for _, answer in answers)))
 
 

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,10 +19,17 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kif.families import Encoded, LanguageModel
+from kif.files import write_json
 from kif.tasks import Example, Task
 
 FORMAT = 1
 """Raised when `Encoded`, or how it is made, changes, so that older files are not read."""
+
+ORIGIN = "kif_origin.json"
+"""In an adapter folder, what it was trained with besides what PEFT notes."""
+
+PROBES = ("The quick brown fox, 12.5% of 1990!\n\tQ: Why?", "Straße, cœur, naïve — “quote”", "Привет, 你好, مرحبا 🙂")
+"""Texts that tokenizers of equal vocabulary but other rules cut differently."""
 
 
 def cache_folder(folder: str | Path | None = None) -> Path:
@@ -84,6 +92,40 @@ def content_key(lm: LanguageModel, task: Task, examples: Sequence[Example]) -> s
     for example in examples:
         digest.update(json.dumps([example.instruction, example.input, example.label]).encode() + b"\n")
     return digest.hexdigest()
+
+
+def tokenizer_key(tokenizer: Any) -> str:
+    """Hash of a tokenizer's vocabulary and of what it makes of some texts; the same in all versions of transformers."""
+    probes = [tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"] for text in PROBES]
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps([vocabulary, probes]).encode()).hexdigest()
+
+
+def save_origin(folder: Path, tokenizer: Any) -> None:
+    """Write into an adapter folder by which tokenizer the adapter was trained."""
+    write_json(folder / ORIGIN, {"tokenizer": tokenizer_key(tokenizer)})
+
+
+def check_origin(folder: Path, tokenizer: Any, model: str) -> None:
+    """Raise ValueError where the adapter in `folder` was trained with another tokenizer; without a note nothing.
+
+    Args:
+        folder: adapter folder.
+        tokenizer: the one of `model`.
+        model: for the message.
+    """
+    path = folder / ORIGIN
+    if not path.is_file():
+        return
+    try:
+        recorded = json.loads(path.read_bytes())["tokenizer"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, if the tokenizer is surely the same") from error
+    if recorded != tokenizer_key(tokenizer):
+        raise ValueError(
+            f"the adapter in {folder} was trained with another tokenizer than the one of {model}, so that its tokens "
+            "would mean something else: give the model with the tokenizer of the training with --model"
+        )
 
 
 def _file_name(task: str) -> str:

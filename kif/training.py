@@ -4,71 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
-from kif import metrics
-from kif.checkpoint import Checkpoints, State, random_state, restore_random_state
+from kif import faults, metrics
+from kif.checkpoint import Checkpoints, State, config_hash, random_state, restore_random_state
 from kif.config import SECTIONS, RunConfig
-from kif.distributed import world
+from kif.distributed import gather, world
 from kif.evaluate import Evaluation, evaluate
 from kif.families import Encoded, LanguageModel
-from kif.loop import Record, train_phase
+from kif.loop import train_phase
 from kif.memory import ReplayMemory
 from kif.methods import Method
+from kif.preemption import Preemption
 from kif.progress import Progress
+from kif.runlog import RunLog
 from kif.stored import Earlier, read_state
 from kif.tasks import Example, Task, limit_rows
-from kif.tokenization import TokenCache
+from kif.tokenization import TokenCache, save_origin
 
-INCIDENTAL = ("output", "resume", "checkpoint_rounds", "device", "cache_dir")
+INCIDENTAL = ("output", "resume", "checkpoint_rounds", "keep_checkpoints", "device", "cache_dir")
 """Fields of RunConfig that do not change what is trained and scored."""
-
-
-class RunLog:
-    """metrics.jsonl, one record a line, and the progress bar; processes but the first one write nothing.
-
-    Args:
-        path: the file.
-        bar: shows the records of the training loop.
-        state: a checkpoint to continue from; records after it are cut off. None: a new file.
-    """
-
-    def __init__(self, path: Path, bar: Progress, state: State | None) -> None:
-        self._bar = bar
-        self._stream: TextIO | None = None
-        if world()[0] == 0:
-            if state is not None:
-                os.truncate(path, state["logged"])
-            self._stream = path.open("w" if state is None else "a")
-
-    def __call__(self, record: Record) -> None:
-        if self._stream is None:
-            return
-        self._stream.write(json.dumps(record) + "\n")
-        self._stream.flush()
-        if "loss" in record:
-            self._bar.update(record)
-
-    def size(self) -> int:
-        """Bytes of the file, which are on disk then."""
-        if self._stream is None:
-            return 0
-        os.fsync(self._stream.fileno())
-        return os.fstat(self._stream.fileno()).st_size
-
-    def __enter__(self) -> RunLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._stream is not None:
-            self._stream.close()
 
 
 class Training:
@@ -89,11 +50,12 @@ class Training:
         bar: Progress,
         checkpoints: Checkpoints,
         identity: State,
+        stop: Preemption,
         earlier: Earlier | None = None,
     ) -> None:
         self.config, self.tasks, self.lm, self.method, self.encoded = config, tasks, lm, method, encoded
         self.cache, self.log, self.bar, self.checkpoints, self.identity = cache, log, bar, checkpoints, identity
-        self.earlier = earlier
+        self.stop, self.earlier = stop, earlier
         self.names = [task.name for task in tasks]
         self.scored = [row for row, task in enumerate(tasks) if task.train]
         self.memory = ReplayMemory(config.memory_fraction, config.memory_balanced, config.seed)
@@ -107,6 +69,7 @@ class Training:
 
     def run(self, state: State | None) -> dict[str, Any]:
         """Train and score from checkpoint `state` on; returns results.json's content."""
+        self.stop.release()
         if self.earlier is not None:
             for task in self.tasks[: len(self.earlier.tasks)]:
                 self.memory.restore(task.name, self.lm.encode(task, self.earlier.memory[task.name]))
@@ -126,11 +89,17 @@ class Training:
             if state is not None and index < state["phase"]:
                 continue
             if world()[0] == 0:
-                self.method.save_adapter(checkpoint_folder(Path(self.config.output), last, self.names[last]))
+                self.save_adapter(checkpoint_folder(Path(self.config.output), last, self.names[last]))
             for row in self.scored:
                 if row <= last:
                     self.accuracy[row][last] = self._score(row, last)
         return self._results()
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter, and by which tokenizer it was trained. Raises: DiskFull."""
+        with faults.disk_space(folder, self.method.arena.data.nbytes):
+            self.method.save_adapter(folder)
+        save_origin(folder, self.lm.tokenizer)
 
     def remembered(self) -> dict[str, list[Example]]:
         """The replay memory's rows as they were read."""
@@ -169,7 +138,8 @@ class Training:
         if state is None and self.zero_shot and index > 0:
             self.accuracy[first][first - 1] = self._score(first, first - 1)
         one = f"task {last + 1}/{len(self.tasks)} {phase[-1].name}"
-        self.bar.start(one if len(phase) == 1 else f"{len(phase)} tasks")
+        title = one if len(phase) == 1 else f"{len(phase)} tasks"
+        self.bar.start(title)
         if state is not None and self.memory.indices != state["memory"]:
             raise RuntimeError("the replay memory is not the one of the checkpoint")
         if state is not None and state["trained"]:
@@ -181,21 +151,26 @@ class Training:
         def save(loop: State) -> None:
             self._save(index, time.perf_counter() - began, loop=loop)
 
-        made = train_phase(
-            self.lm,
-            self.method,
-            self.config,
-            index=index,
-            tasks=len(phase),
-            rows=[row for task in phase for row in self.encoded[task.name]],
-            memory=self.memory.rows(),
-            log=self.log,
-            save=save,
-            state=state["loop"] if state is not None else None,
-        )
+        self.stop.hold()
+        with faults.memory_advice(f"training {title}", faults.less_memory_in_training(self.config)):
+            made = train_phase(
+                self.lm,
+                self.method,
+                self.config,
+                index=index,
+                tasks=len(phase),
+                rows=[row for task in phase for row in self.encoded[task.name]],
+                memory=self.memory.rows(),
+                log=self.log,
+                save=save,
+                state=state["loop"] if state is not None else None,
+                stop=self.stop,
+            )
         self.steps = {kind: self.steps[kind] + made[kind] for kind in self.steps}
         self.seconds["train"] += time.perf_counter() - began
         self._save(index, 0.0, method=self.method.state_dict(), random=random_state(self.lm.device))
+        self._end_if_asked()
+        self.stop.release()
 
     def _save(self, index: int, training: float, **what: Any) -> None:
         """Write a checkpoint of phase `index`, `training` seconds after it began or, with 0, at its end."""
@@ -203,6 +178,7 @@ class Training:
             return
         state = {
             "identity": self.identity,
+            "config_hash": config_hash(self.identity),
             "phase": index,
             "trained": "loop" not in what,
             "memory": self.memory.indices,
@@ -216,6 +192,7 @@ class Training:
             "logged": self.log.size(),
         }
         self.checkpoints.write({**state, **what})
+        self.stop.advice = f"{self.config.output} has a checkpoint; the same command with --resume goes on from there"
 
     def _restore(self, state: State) -> None:
         self.zero_shot, self.accuracy = state["zero_shot"], state["accuracy"]
@@ -229,11 +206,20 @@ class Training:
     def _score(self, row: int, after: int | None) -> float:
         began = time.perf_counter()
         self.bar.say(f"scoring {self.names[row]}")
-        result = evaluate_task(self.config, self.lm, self.tasks[row], self.cache)
+        with faults.memory_advice(f"scoring {self.names[row]}", faults.less_memory_in_scoring(self.config)):
+            result = evaluate_task(self.config, self.lm, self.tasks[row], self.cache)
         self.seconds["evaluate"] += time.perf_counter() - began
         named = {"event": "score", "task": self.names[row], "after": after}
         self.log({**named, "score": result.score, "seconds": result.seconds})
+        self._end_if_asked()
         return result.score
+
+    def _end_if_asked(self) -> None:
+        """Raise Preempted in all processes if SIGTERM came to one."""
+        if self.stop.agreed(self.lm.device):
+            # the first process has written before any ends, which would end it too
+            gather(True)
+            raise self.stop.preempted()
 
     def _elapsed(self) -> float:
         return self.elapsed + time.perf_counter() - self.start

@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from tiny import build_tiny
+
+# `pytest --hypothesis-profile campaign tests/test_fuzz.py` looks for longer
+settings.register_profile("campaign", max_examples=10_000, deadline=None)
 
 
 @pytest.fixture(scope="session")
@@ -37,10 +41,14 @@ LABELS = {"colours": ["red", "green"], "sizes": ["big", "small", "tiny"], "moods
 @pytest.fixture(scope="session")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three small tasks in the data layout."""
-    folder = tmp_path_factory.mktemp("data")
+    return write_tasks(tmp_path_factory.mktemp("data"))
+
+
+def write_tasks(folder: Path) -> Path:
+    """The tasks of `written`, in a folder."""
     manifest: dict[str, Any] = {"prompt_template": "{instruction}{input}\nAnswer:", "tasks": {}}
     for task, labels in LABELS.items():
-        (folder / task).mkdir()
+        (folder / task).mkdir(parents=True)
         manifest["tasks"][task] = {"metric": "accuracy", "labels": labels}
         for split, count in (("train", 30), ("validation", 8), ("test", 9)):
             rows = [

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -21,7 +19,7 @@ from tiny import topic_task
 from kif.checkpoint import CONTENT, TENSORS, Checkpoints, difference, flatten, pack_rows, unflatten, unpack_rows
 from kif.cli import main
 from kif.config import KIFConfig, LFPT5Config, RunConfig
-from kif.configfile import dump_config, load_config
+from kif.configfile import load_config
 from kif.families import Encoded
 from kif.loop import train_phase
 from kif.methods import METHODS, SeqLoRA
@@ -113,30 +111,59 @@ def test_other_families_resume_too(
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
-def test_killed_processes_leave_what_can_be_resumed(
-    written: Path, tiny_models: dict[str, Path], tmp_path: Path
+def test_killed_processes_leave_what_can_be_resumed() -> None:
+    """A few of the kills that `python tests/crash.py --kills N` makes."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("crash.py")), "--kills", "3", "--seed", str(time.time_ns())],
+        capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["kills"] == 3
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(
+    written: Path, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, killed = (
-        settings(written, tiny_models["t5"], tmp_path / run, kif=KIFConfig(inner_steps=1), steps_per_task=60)
-        for run in ("whole", "killed")
+    whole, cut = (
+        settings(written, tiny_models["t5"], tmp_path / run, method="seqlora", checkpoint_rounds=None)
+        for run in ("whole", "cut")
     )
     train(whole, progress=False)
-    dump_config(killed, tmp_path / "run.yaml")
-    command = [sys.executable, "-m", "kif", "train", "--config", str(tmp_path / "run.yaml")]
-    logged = tmp_path / "killed" / "metrics.jsonl"
-    for attempt in range(2):
-        known = logged.stat().st_size if attempt else 0
-        process = subprocess.Popen([*command, *(["--resume"] if attempt else [])], stderr=subprocess.DEVNULL)
-        # a moment after it has begun to train, and has a checkpoint
-        while process.poll() is None and not (
-            list(logged.parent.glob("state/0*")) and logged.stat().st_size > known + 2000
-        ):
-            time.sleep(0.01)
-        time.sleep(random.uniform(0.0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    train(replace(killed, resume=True), progress=False)
-    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+    interrupt(monkeypatch, cut, lambda record: record.get("round") == 0)
+    (tmp_path / "cut" / "state" / "unfinished").mkdir(parents=True)
+    with pytest.warns(UserWarning, match="cut ended before its first checkpoint: it starts from the beginning"):
+        train(replace(cut, resume=True), progress=False)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "letter.txt").write_text("no run")
+    with pytest.raises(FileNotFoundError, match="no checkpoint to resume from"):
+        train(replace(cut, output=str(other), resume=True), progress=False)
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_as_many_checkpoints_are_kept_as_wanted(
+    written: Path, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int
+) -> None:
+    cut = settings(written, tiny_models["t5"], tmp_path / "cut", method="seqlora", keep_checkpoints=keep)
+    interrupt(monkeypatch, cut, lambda record: record.get("phase") == 2)
+    # each of the two tasks had a checkpoint after its first round and one at its end
+    kept = sorted(path.name for path in (tmp_path / "cut" / "state").iterdir())
+    assert kept == ["000004", "000003", "000002"][:keep][::-1]
+    assert json.loads((tmp_path / "cut" / "state" / "000004" / CONTENT).read_text())["state"]["config_hash"]
+
+
+def test_a_log_that_lost_lines_is_said(
+    written: Path, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = (settings(written, tiny_models["t5"], tmp_path / run, method="seqlora") for run in ("whole", "cut"))
+    train(whole, progress=False)
+    interrupt(monkeypatch, cut, in_second_task)
+    (tmp_path / "cut" / "metrics.jsonl").write_text("")
+    with pytest.warns(UserWarning, match=r"metrics.jsonl has 0 of the \d+ bytes that were logged"):
+        train(replace(cut, resume=True), progress=False)
+    ends = [outcome(tmp_path / run) for run in ("cut", "whole")]
+    assert ends[0]["weights"] == ends[1]["weights"] and ends[0]["results"] == ends[1]["results"]
 
 
 def test_damaged_checkpoints_are_named_and_the_one_before_is_used(

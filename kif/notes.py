@@ -1,0 +1,79 @@
+"""What is odd about the data of a run though it can be trained: said once before training, never a reason to stop."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+
+from kif.config import RunConfig
+from kif.families import Encoded, LanguageModel
+from kif.tasks import Example, Task
+
+
+def warn_of_data(
+    config: RunConfig,
+    lm: LanguageModel,
+    tasks: Sequence[Task],
+    scored: Callable[[Task], Sequence[Example]],
+    encode: Callable[[Task, Sequence[Example]], Sequence[Encoded]],
+) -> None:
+    """Warn of rows that are cut, of labels that cannot be learned and of batches that cannot be filled.
+
+    Args:
+        config: of the run.
+        lm: its model.
+        tasks: those to train.
+        scored: the rows of a task that are scored.
+        encode: rows as token ids.
+    """
+    found: dict[str, list[str]] = {}
+    for task in tasks:
+        rows = scored(task)
+        for kind, what in {
+            **_cut(lm, task, encode(task, task.train), encode(task, rows)),
+            **_labels(task, rows),
+            **_batches(config, task),
+        }.items():
+            found.setdefault(kind, []).append(f"{task.name}: {what}")
+    for kind, lines in found.items():
+        warnings.warn(f"{kind}: {'; '.join(lines)}", stacklevel=3)
+
+
+def _cut(lm: LanguageModel, task: Task, train: Sequence[Encoded], scored: Sequence[Encoded]) -> Mapping[str, str]:
+    """Rows whose prompt was cut, and labels that are as long as a label may be."""
+    notes = {}
+    counts = [(sum(row.truncated for row in rows), len(rows)) for rows in (train, scored)]
+    if any(count for count, _ in counts):
+        kind = f"texts longer than max_length={lm.max_length} tokens are cut at their end, raise it to keep them whole"
+        (cut, total), (cut_scored, total_scored) = counts
+        notes[kind] = f"{cut} of {total} rows to train, {cut_scored} of {total_scored} to score"
+    full = sum(len(row.target) >= lm.max_target_length for row in train)
+    if full and lm.family != "encoder":
+        kind = f"labels that fill max_target_length={lm.max_target_length} tokens may be cut, raise it to be sure"
+        notes[kind] = f"{full} of {len(train)} rows to train"
+    return notes
+
+
+def _labels(task: Task, scored: Sequence[Example]) -> Mapping[str, str]:
+    """Labels to score that no row teaches, and tasks with nothing to tell apart. Free text has no labels."""
+    if task.labels is None:
+        return {}
+    notes = {}
+    taught = {row.label for row in task.train}
+    unseen = [row for row in scored if not taught & set(row.references)]
+    if unseen:
+        names = list(dict.fromkeys(row.label for row in unseen))
+        listed = ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")
+        kind = "labels that no training row has cannot be learned, add rows for them or do not score them"
+        notes[kind] = f"{listed} in {len(unseen)} of {len(scored)} rows to score"
+    if len(taught) == 1:
+        kind = "only one label in all training rows, so that the task teaches to answer it always"
+        notes[kind] = f"{next(iter(taught))!r} in {len(task.train)} rows"
+    return notes
+
+
+def _batches(config: RunConfig, task: Task) -> Mapping[str, str]:
+    if config.batch_size <= len(task.train):
+        return {}
+    kind = f"fewer rows than batch_size={config.batch_size}, so that every step takes all of them"
+    return {kind: f"{len(task.train)} rows to train"}
