@@ -92,6 +92,8 @@ def load_results(run: Path) -> Results:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         raise ReportError(f"{path}:{error.lineno}: invalid JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # an integer of too many digits; nested too deeply
+        raise ReportError(f"{path}: invalid JSON: {error}") from error
     return parse_results(content, str(path))
 
 

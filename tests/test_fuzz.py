@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tiny import build_tiny, topic_task
 
@@ -255,6 +255,9 @@ READERS: dict[str, tuple[Callable[[Path], Any], type[Exception]]] = {
 
 
 @fuzz
+@example(name="results.json", edits=[(0.0, 0, b"9" * 5000)])
+@example(name="results.json", edits=[(0.0, 0, b"[" * 100_000)])
+@example(name=TASKS, edits=[(0.5, 0, b"[" * 100_000)])
 @given(name=st.sampled_from(sorted(READERS)), edits=DAMAGE)
 def test_damaged_files_of_a_finished_run(finished: Path, name: str, edits: list[tuple[float, int, bytes]]) -> None:
     read, refusal = READERS[name]
