@@ -368,6 +368,8 @@ class RunConfig:
 
         memory_fraction: share of a finished task's training rows that goes to replay memory; at least one row.
         memory_balanced: draw the memory rows evenly over the labels.
+        memory_data: with `continue_from`: replay rows of the earlier tasks, instead of those that the continued run
+            keeps; a file, folder or hub name that `datasets` reads, with the columns task, instruction, input, label.
 
         eval_split: rows to score: `test`, `validation`, or `heldout`, a part of train that is then not trained
             on. Select on `heldout` only: validation and test share rows in the public benchmarks.
@@ -439,6 +441,7 @@ class RunConfig:
 
     memory_fraction: float = 0.02
     memory_balanced: bool = False
+    memory_data: str | None = None
 
     eval_split: Literal["test", "validation", "heldout"] = "test"
     holdout: float = 0.1

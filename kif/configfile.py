@@ -24,7 +24,9 @@ from kif.config import PRESETS, SECTIONS, KIFConfig, RunConfig
 _SYNONYMS = {"learning_rate": "lr", "num_train_epochs": "epochs", "max_steps": "steps_per_task", "bf16": "precision"}
 
 
-OF_ONE_RUN = ("order", "tasks", "output", "resume", "continue_from", "checkpoint_rounds", "keep_checkpoints")
+OF_ONE_RUN = (
+    "order", "tasks", "output", "resume", "continue_from", "memory_data", "checkpoint_rounds", "keep_checkpoints",
+)  # fmt: skip
 """Fields that a run does not take from the one it continues."""
 
 

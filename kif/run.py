@@ -21,6 +21,7 @@ from kif.evaluate import check_scoring
 from kif.families import LanguageModel
 from kif.faults import less_memory_in_loading, memory_advice
 from kif.files import write_json
+from kif.memory_data import read_memory_data
 from kif.methods import METHODS, Method
 from kif.models import load_language_model
 from kif.notes import warn_of_data
@@ -120,7 +121,7 @@ def _train(config: RunConfig, progress: bool, stop: Preemption) -> dict[str, Any
     with first_process_first():
         if rank == 0 and not config.resume:
             check_unused(output)
-        earlier = stored.read_earlier(Path(config.continue_from)) if config.continue_from else None
+        earlier = _earlier(config)
         tasks, new = _all_tasks(config, earlier)
     adapter_tasks = earlier.adapter_tasks if earlier is not None else len(tasks)
     with memory_advice(f"loading {config.model}", less_memory_in_loading(config)):
@@ -165,6 +166,18 @@ def _train(config: RunConfig, progress: bool, stop: Preemption) -> dict[str, Any
         write_json(output / RESULTS, results)
         shutil.rmtree(checkpoints.folder)
     return results
+
+
+def _earlier(config: RunConfig) -> Earlier | None:
+    """The run to continue, if there is one. Raises: ValueError for memory that no method here would replay."""
+    if config.memory_data is None:
+        return stored.read_earlier(Path(config.continue_from)) if config.continue_from else None
+    if config.continue_from is None:
+        raise ValueError("memory_data holds rows of earlier tasks: give it with --from, the run that learned them")
+    if "memory_fraction" in METHODS[config.method].unused:
+        raise ValueError(f"memory_data has no effect with {config.method}, which replays no rows")
+    earlier = stored.read_earlier(Path(config.continue_from))
+    return replace(earlier, memory=read_memory_data(config.memory_data, earlier.tasks))
 
 
 def _load(

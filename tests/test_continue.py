@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from kif import stored
 from kif.cli import main
 from kif.config import EWCConfig, KIFConfig, L2PConfig, LFPT5Config, RunConfig
 from kif.configfile import load_config, parse_run_config
 from kif.methods.recurrent_kif import RecurrentKIFMethod
 from kif.run import evaluate_run, train
-from kif.stored import drop, read_memory, read_state, read_tasks
+from kif.stored import KnownTask, drop, read_memory, read_state, read_tasks
 from kif.training import RunLog
 
 NAMES = ["colours", "sizes", "moods"]
@@ -238,3 +239,65 @@ def test_from_on_the_command_line(
     assert main(["train", "--from", "first", "--tasks", "sizes", "--output", "third", "--lora-r", "4"]) == 2
     assert main(["train", "--from", "nowhere", "--tasks", "sizes"]) == 2
     assert main(["compare", "--methods", "seqlora", "--from", "first", "--tasks", "sizes"]) == 2
+
+
+ROW = '{"task": "colours", "instruction": "a", "input": "b", "label": "red"}'
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "csv", "folder"])
+def test_memory_from_elsewhere(
+    written: Path, tiny_models: dict[str, Path], tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    first = settings(written, tiny_models["t5"], tmp_path / "first", tasks=NAMES[:2], method="lora-replay")
+    train(first, progress=False)
+    exported = tmp_path / "memory.jsonl"
+    assert main(["memory", "export", first.output, str(exported)]) == 0
+    place = exported if form == "jsonl" else tmp_path / f"rows.{form}"
+    rows = datasets.Dataset.from_list([json.loads(line) for line in exported.read_text().splitlines()])
+    if form == "folder":
+        rows.save_to_disk(place)
+    elif form != "jsonl":
+        getattr(rows, f"to_{form}")(place)
+    train(further(first, "second", ["moods"]), progress=False)
+    same = further(first, "same", ["moods"], memory_data=str(place))
+    train(same, progress=False)
+    assert weights(same) == weights(replace(same, output=str(tmp_path / "second")))
+
+    # fewer rows there, fewer rows here
+    fewer = further(first, "fewer", ["moods"], memory_data=str(tmp_path / "few.jsonl"))
+    (tmp_path / "few.jsonl").write_text(exported.read_text().splitlines()[0] + "\n")
+    train(fewer, progress=False)
+    assert [len(read_memory(Path(fewer.output), task)) for task in read_tasks(Path(fewer.output))[0][:2]] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (ROW.replace("colours", "colour"), {}, r"rows.jsonl:1: field 'task': .*'colours'"),
+        (ROW.replace("red", "blue"), {}, r"rows.jsonl:1: field 'label': 'blue' is no"),
+        ('{"task": "colours", "input": "b", "label": "red"}', {}, "lacks the columns instruction; it has"),
+        ("{", {}, "rows.jsonl cannot be read"),
+        (None, {}, "rows.jsonl does not exist"),
+        ("x", {"memory_data": "rows.txt"}, "must be a folder or end in .jsonl, .json, .csv"),
+        ("x", {"continue_from": None}, "give it with --from"),
+        ("x", {"method": "seqlora"}, "no effect with seqlora"),
+    ],
+)  # fmt: skip
+def test_memory_that_cannot_be_used(
+    written: Path, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    content: str | None, options: dict[str, Any], message: str,
+) -> None:  # fmt: skip
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    first = settings(written, tiny_models["t5"], tmp_path / "first", tasks=NAMES[:1], method="lora-replay")
+    earlier = stored.Earlier(
+        tmp_path, first, (KnownTask("colours", "accuracy", ("red", "green"), "", None, None),), 1, {}, {}, {}
+    )
+    monkeypatch.setattr(stored, "read_earlier", lambda run: earlier)
+    for name in ("rows.jsonl", "rows.txt"):
+        if content is not None:
+            (tmp_path / name).write_text(content + "\n")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(replace(further(first, "second", ["moods"], memory_data="rows.jsonl"), **options), progress=False)
+    assert not (tmp_path / "second").exists()
