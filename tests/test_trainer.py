@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -374,6 +375,66 @@ def test_the_trainer_refuses(tmp_path: Path) -> None:
     args._n_gpu = 2
     with pytest.raises(ValueError, match="torchrun"):
         KIFTrainer(model=model, args=args)
+
+
+def test_trackers_get_what_the_method_logs(
+    tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`report_to` as of any Trainer: its trackers are callbacks by name."""
+    from transformers.integrations import integration_utils
+
+    logged: list[dict[str, float]] = []
+    configs: list[Any] = []
+
+    class Tracker(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            configs.append(args.to_dict()["kif"])
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            logged.append(logs)
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "mine", Tracker)
+    lm, _ = load(tiny_models)
+    train(lm, tmp_path, report_to=["mine"])
+    assert configs[0]["inner_steps"] == SWITCHES.inner_steps
+    assert sum("memory_loss" in entry and "kept_both" in entry for entry in logged) == 4
+    assert len([entry for entry in logged if "loss" in entry]) == STEPS
+    assert KIFTrainingArguments(str(tmp_path)).report_to == []
+
+
+def test_packed_rows(tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL's packing: rows of several texts, for new task and memory alike."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("CI", "1")
+
+    @dataclass
+    class Arguments(KIFArguments, trl.SFTConfig):  # type: ignore[misc, name-defined]
+        pass
+
+    class Packing(KIFMixin, trl.SFTTrainer):  # type: ignore[misc, name-defined]
+        pass
+
+    lm, _ = load(tiny_models)
+    lm.tokenizer.pad_token = lm.tokenizer.pad_token or lm.tokenizer.eos_token
+    texts = datasets.Dataset.from_dict({"text": [f"{row.input} Answer: {row.label}" for row in TASK.train]})
+    args = Arguments(
+        str(tmp_path), kif={"inner_steps": 3, "outer_steps": 2}, packing=True, packing_strategy="wrapped",
+        max_length=128, per_device_train_batch_size=2, max_steps=6, learning_rate=1e-2, save_strategy="no",
+        use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[],
+    )  # fmt: skip
+    first = Packing(model=lm.model, args=args, train_dataset=texts, processing_class=lm.tokenizer)
+    lengths = [len(row["input_ids"]) for row in first.train_dataset]
+    assert set(lengths[:-1]) == {128} and len(lengths) < len(texts)
+    first.train()
+    memory = first.draw_memory(0.5)
+    second = Packing(
+        model=lm.model, args=args, train_dataset=texts, memory_dataset=memory, processing_class=lm.tokenizer
+    )
+    before = weights(lm)
+    second.train()
+    assert second.engine.rounds == 2 and second.engine.skipped == 0
+    assert weights(lm).isfinite().all() and not torch.equal(weights(lm), before)
 
 
 def test_names_are_exported() -> None:
