@@ -133,8 +133,11 @@ def test_the_nearest_of_many_labels_is_named(tmp_path: Path) -> None:
     assert "colour 25" not in str(error)
 
 
+# names of their own: gzip writes the time, and all processes of pytest-xdist must collect the same names
 @pytest.mark.parametrize(
-    "content", [b"no gzip at all", gzip.compress(jsonl(ROW) * 99)[:-12], gzip.compress(jsonl(ROW))[:30] + b"\0" * 40]
+    "content",
+    [b"no gzip at all", gzip.compress(jsonl(ROW) * 99)[:-12], gzip.compress(jsonl(ROW))[:30] + b"\0" * 40],
+    ids=["no gzip", "cut", "overwritten"],
 )
 def test_broken_gzip(tmp_path: Path, content: bytes) -> None:
     error = refusal(make(tmp_path, {"train.jsonl.gz": content}))
