@@ -13,8 +13,8 @@ from kif.encoder import COSINE_SCALE
 from kif.methods import METHODS
 from kif.methods.base import METHOD_FILE
 from kif.models import load_language_model
-from kif.predict import adapter_folder
 from kif.stored import read_tasks
+from kif.training import adapter_folder
 
 INFO, LABELS = "kif.json", "label_embeddings.safetensors"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -59,7 +59,7 @@ def export(run: Path, output: Path, *, checkpoint: int | None = None, dtype: str
     if wanted not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {wanted!r}")
     config = replace(trained, **{"device": "cpu", **changes, "precision": "fp32", "quantization": "none"})
-    folder = adapter_folder(run, known, checkpoint)
+    folder = adapter_folder(run, [task.name for task in known], checkpoint)
     lm: Any = load_language_model(config, {task.name: task.labels for task in known}, adapter=folder)
     info: dict[str, Any] = {
         "run": str(run.resolve()),

@@ -17,7 +17,7 @@ from kif.methods import METHODS
 from kif.models import load_language_model
 from kif.stored import KnownTask, read_tasks
 from kif.tasks import DataError, Example, Task, _kind, _parse, suggest
-from kif.training import checkpoint_folder
+from kif.training import adapter_folder
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Predictor:
 
         known, _ = read_tasks(run)
         self.config: RunConfig = replace(load_config(run / "config.yaml"), **changes)
-        folder = adapter_folder(run, known, checkpoint)
+        folder = adapter_folder(run, [task.name for task in known], checkpoint)
         self.known = _chosen(run, known, task)
         self.lm: LanguageModel = load_language_model(
             self.config, {task.name: task.labels for task in known}, adapter=folder
@@ -166,15 +166,6 @@ class Predictor:
             why = "the tasks have different templates"
         if why is not None:
             raise ValueError(f"name the task with --task, {why}; there are {', '.join(task.name for task in known)}")
-
-
-def adapter_folder(run: Path, known: tuple[KnownTask, ...], checkpoint: int | None) -> Path:
-    """The final adapter of a run, or the one after task `checkpoint`, from 1. Raises: ValueError for another number."""
-    if checkpoint is None:
-        return run / "adapter"
-    if not 1 <= checkpoint <= len(known):
-        raise ValueError(f"checkpoint must lie between 1 and {len(known)}, got {checkpoint}")
-    return checkpoint_folder(run, checkpoint - 1, known[checkpoint - 1].name)
 
 
 def _chosen(run: Path, known: tuple[KnownTask, ...], name: str | None) -> KnownTask | None:

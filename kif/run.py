@@ -32,7 +32,7 @@ from kif.runlog import RunLog
 from kif.stored import Earlier, KnownTask
 from kif.tasks import Task, hold_out, limit_rows, load_order, load_tasks
 from kif.tokenization import TokenCache, cache_folder, check_origin
-from kif.training import Training, checkpoint_folder, eval_rows, evaluate_task
+from kif.training import Training, adapter_folder, eval_rows, evaluate_task
 
 DATA_SEED = 0
 """Seed of data splits: not the run's, so that runs of several seeds train and are scored on equal rows."""
@@ -231,11 +231,7 @@ def evaluate_run(
         raise ValueError(f"{run} was trained on all training rows: none are held out to score (eval_split heldout)")
     # a continued run was trained on tasks that its configuration does not name
     tasks = known_tasks(config, stored.read_tasks(run)[0]) if config.continue_from else prepare_tasks(config)
-    if checkpoint is not None:
-        if not 1 <= checkpoint <= len(tasks):
-            raise ValueError(f"checkpoint must lie between 1 and {len(tasks)}, got {checkpoint}")
-        adapter = checkpoint_folder(run, checkpoint - 1, tasks[checkpoint - 1].name)
-    folder = adapter or run / "adapter"
+    folder = adapter or adapter_folder(run, [task.name for task in tasks], checkpoint)
     lm = load_language_model(config, {task.name: task.labels for task in tasks}, adapter=folder)
     METHODS[config.method].attach(lm, config, folder)
     cache = TokenCache(cache_folder(config.cache_dir))

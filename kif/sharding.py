@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 
@@ -41,10 +40,10 @@ def shard_base(model: nn.Module) -> None:
             if not parameter.dtype.is_floating_point:
                 raise ValueError(f"{name}.{parameter_name} is {parameter.dtype}: a quantised base cannot be split")
         # FSDP wants one dtype in a group: of a bf16 T5, the layers `wo` are fp32
-        usual = Counter(parameter.dtype for parameter in frozen.values()).most_common(1)
+        usual = Counter(parameter.dtype for parameter in frozen.values()).most_common(1)[0][0]
         for module in layer.modules():
             own = [p for p in module.parameters(recurse=False) if p not in trained]
-            if own and own[0].dtype != usual[0][0]:
+            if own and own[0].dtype != usual:
                 fully_shard(module, **options)
         fully_shard(layer, **options)
 
@@ -58,13 +57,3 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             for number, layer in enumerate(layers):
                 if any(not parameter.requires_grad for parameter in layer.parameters()):
                     yield f"{name}.{number}", layer
-
-
-def local_bytes(model: nn.Module) -> int:
-    """Bytes of parameters that this process holds while no layer is at work."""
-    from torch.distributed.tensor import DTensor
-
-    tensors: list[torch.Tensor] = []
-    for parameter in model.parameters():
-        tensors.append(parameter.to_local() if isinstance(parameter, DTensor) else parameter)
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

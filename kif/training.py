@@ -287,6 +287,15 @@ def checkpoint_folder(run: Path, index: int, task: str) -> Path:
     return run / "checkpoints" / f"task-{index + 1:02d}-{task}"
 
 
+def adapter_folder(run: Path, tasks: Sequence[str], checkpoint: int | None) -> Path:
+    """The final adapter of a run, or the one after task `checkpoint`, from 1. Raises: ValueError for another number."""
+    if checkpoint is None:
+        return run / "adapter"
+    if not 1 <= checkpoint <= len(tasks):
+        raise ValueError(f"checkpoint must lie between 1 and {len(tasks)}, got {checkpoint}")
+    return checkpoint_folder(run, checkpoint - 1, tasks[checkpoint - 1])
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes: the most that torch had allocated on a GPU; on the CPU the most that the process ever held."""
     if device.type == "cuda":

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ._ops import ops
-from .checks import check_dtype, check_numel, check_same_shape, mask_size
+from .checks import STATE_DTYPES, check_dtype, check_numel, check_same_shape, mask_size
 from .layout import BINS, SHARDED_SHIFTS
 
 
@@ -38,7 +38,7 @@ def sharded_threshold(
     Raises: ValueError for an empty shard, a density outside [0, 1], a numel or an uncertainty that does not fit.
     """
     own = check_numel(importance, numel)
-    check_dtype({"importance": importance, "uncertainty": uncertainty}, (torch.float32, torch.bfloat16))
+    check_dtype({"importance": importance, "uncertainty": uncertainty}, STATE_DTYPES)
     check_same_shape("importance", importance.shape, {"uncertainty": uncertainty})
     device = importance.device
     several = dist.is_available() and dist.is_initialized()

@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 from tiny import build_tiny, topic_task
 from torch import distributed as dist
 from torch import multiprocessing, nn
+from torch.distributed.tensor import DTensor
 
 from kif.config import KIFConfig, RunConfig
 from kif.engine import RecurrentKIF
 from kif.families import LanguageModel
 from kif.models import load_language_model
-from kif.sharding import local_bytes, shard_base
+from kif.sharding import shard_base
 
 RANKS = 2
 CASES = (("llama", "fp32"), ("t5", "fp32"), ("t5", "bf16"), ("bert", "fp32"))
@@ -26,6 +27,14 @@ CASES = (("llama", "fp32"), ("t5", "fp32"), ("t5", "bf16"), ("bert", "fp32"))
 def load(folder: Path, precision: Any) -> LanguageModel:
     config = RunConfig(model=str(folder), device="cpu", precision=precision)
     return load_language_model(config, {"topics": topic_task().labels})
+
+
+def local_bytes(model: nn.Module) -> int:
+    """Bytes of parameters that this process holds while no layer is at work."""
+    tensors: list[torch.Tensor] = []
+    for parameter in model.parameters():
+        tensors.append(parameter.to_local() if isinstance(parameter, DTensor) else parameter)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def train(rank: int, lm: LanguageModel, sharded: bool) -> dict[str, Any]:
