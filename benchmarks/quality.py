@@ -21,7 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from kif.config import EWCConfig, KIFConfig, LFPT5Config, RunConfig, VRMCLConfig
+from kif.config import EWCConfig, KIFConfig, L2PConfig, LFPT5Config, RunConfig, VRMCLConfig
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "SeqLoRA": {"method": "seqlora"},
@@ -83,9 +83,10 @@ PROBES: dict[str, dict[str, Any]] = {
     "EWC strength 1e5": {"method": "ewc", "ewc": EWCConfig(strength=1e5)},
     **{
         f"VR-MCL {inner:g}/{outer:g}": {"method": "vr-mcl", "vrmcl": VRMCLConfig(inner_lr=inner, outer_lr=outer)}
-        for inner in (0.01, 0.03, 0.1, 0.3, 1.0)
-        for outer in (0.03, 0.1, 0.35, 1.0, 3.0, 10.0)
+        for inner in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+        for outer in (0.03, 0.1, 0.35, 1.0, 3.0, 10.0, 30.0)
     },
+    "L2P vocabulary": {"method": "l2p", "lr": 0.03, "l2p": L2PConfig(init="vocabulary")},
 }
 """Hyperparameters changed, to choose one or to find out what an effect comes from. Not run by default."""
 
