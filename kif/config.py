@@ -359,6 +359,8 @@ class RunConfig:
         outer_batch_size: rows in an outer step. Default: batch_size.
         gradient_accumulation: micro-batches an optimizer step is split into. The step's loss is the mean over
             all its label tokens (rows, for encoders), so this changes memory use and not the result.
+        gradient_checkpointing: keep only each layer's input for the backward pass and compute the rest again: less
+            memory, more time, the same result up to rounding.
         warmup_steps: inner steps of linear warm-up in each task; at most a tenth of the task's steps are used.
         weight_decay: decoupled weight decay of AdamW.
         beta1: AdamW decay of the first moment.
@@ -432,6 +434,7 @@ class RunConfig:
     batch_size: int = 8
     outer_batch_size: int | None = None
     gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
     warmup_steps: int = 50
     weight_decay: float = 0.0
     beta1: float = 0.9

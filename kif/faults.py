@@ -16,7 +16,7 @@ from kif.config import RunConfig
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No space left on the device, in the quota, or under the limit on the size of a file."""
 
-RETRY = ("gradient_accumulation", "eval_batch_size")
+RETRY = ("gradient_accumulation", "gradient_checkpointing", "eval_batch_size")
 """Fields of RunConfig that change memory use and, up to rounding and the draws of dropout, nothing else: a run may be
 resumed with others."""
 
@@ -46,6 +46,10 @@ class OutOfMemory(RunError):
 
 class DiskFull(RunError):
     """A file cannot be written for lack of space."""
+
+
+class Disagreement(RunError):
+    """Processes that train together hold different weights."""
 
 
 class Diverged(RunError):
@@ -87,6 +91,8 @@ def less_memory_in_training(config: RunConfig) -> str:
             f"resume with gradient_accumulation {more} (now {config.gradient_accumulation}), which gives the same "
             "result up to rounding and the draws of dropout; or "
         )
+    if not config.gradient_checkpointing:
+        resumed += "resume with gradient_checkpointing, which takes longer and changes the result by rounding only; or "
     return (
         f"{resumed}start a new run with a smaller batch_size (now {config.batch_size}), a smaller max_length (now "
         f"{config.max_length}), {_smaller_weights(config)}or a smaller model"

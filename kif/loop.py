@@ -13,9 +13,9 @@ from torch import Tensor
 from kif.batches import BatchStream
 from kif.checkpoint import pack_rows, random_state, restore_random_state, unpack_rows
 from kif.config import RunConfig
-from kif.distributed import all_reduce_, gather, share, world
+from kif.distributed import alike, all_reduce_, gather, share, world
 from kif.families import Encoded, LanguageModel
-from kif.faults import SkippedSteps
+from kif.faults import Disagreement, SkippedSteps
 from kif.methods import Method
 from kif.preemption import Preemption
 
@@ -56,7 +56,8 @@ def train_phase(
             with all that what follows depends on. Tensors in it are live ones.
         state: what `save` was called with, to continue from there; `log` is not called again for the rounds before.
         stop: asked after every round but the last whether the run is to end.
-    Raises: Diverged when steps in a row had a gradient that is not finite; Preempted.
+    Raises: Diverged when steps in a row had a gradient that is not finite; Disagreement when masks or updates were not
+        the same in all processes; Preempted.
     """
     if state is not None:
         # a task may begin with what is known of earlier ones
@@ -93,6 +94,11 @@ def train_phase(
             outer_losses.append(backward(lm, method, replay.next(), config.gradient_accumulation))
             method.outer_step((config.outer_lr or config.lr) * schedule(done - 1, total, config.warmup_steps))
         method.end_round()
+        if not alike(method.arena.data):
+            raise Disagreement(
+                f"after round {number + 1} the processes hold different weights: they must run the same versions of "
+                "torch, triton and this package on the same kind of device"
+            )
 
         outer_done += outer_steps
         skipped = method.skipped

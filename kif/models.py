@@ -35,9 +35,9 @@ def load_language_model(
         config: model, precision, quantization, device, adapter, head and lengths.
         labels: label list of each task, in training order; None for free text.
         adapter: PEFT folder to continue from, instead of a new adapter. Its own rank, alpha and target modules hold.
-    Raises: ValueError naming the cause: no or an unsupported model, fp16, quantization that cannot be had, what
-        `kif.adapters` refuses, a sequence longer than the model's positions, a task without labels for an encoder, an
-        adapter of another kind or base model.
+    Raises: ValueError naming the cause: no or an unsupported model, fp16, quantization or gradient checkpointing that
+        cannot be had, what `kif.adapters` refuses, a sequence longer than the model's positions, a task without labels
+        for an encoder, an adapter of another kind or base model.
         FileNotFoundError if `adapter` holds none.
     """
     from transformers import AutoConfig, AutoTokenizer
@@ -64,6 +64,8 @@ def load_language_model(
             model = _load_adapter(base, family, config, name, Path(adapter))
             check_origin(Path(adapter), tokenizer, name)
     adapter_in_fp32(model, new_layers)
+    if config.gradient_checkpointing:
+        _checkpoint_gradients(base, name)
     if not quantized:
         # a quantised base was loaded where it is to run, and PEFT put the adapter there
         model.to(device)
@@ -246,6 +248,13 @@ def _load_base(
     if family != "encoder":
         _forget_generation_settings(base)
     return base, new_layers
+
+
+def _checkpoint_gradients(base: Any, name: str) -> None:
+    if not getattr(base, "supports_gradient_checkpointing", False):
+        raise ValueError(f"model {name}: {type(base).__name__} has no gradient_checkpointing")
+    # the other kind needs inputs with gradients, which a frozen embedding does not give
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _forget_generation_settings(base: Any) -> None:

@@ -18,11 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import build_tiny, topic_task
 from torch import multiprocessing
+from transformers.models.t5.modeling_t5 import T5LayerFF
 
 from kif.config import KIFConfig, LFPT5Config, RunConfig, VRMCLConfig
 from kif.distributed import all_reduce_, first_process_first, gather, local_device, process_group, share, world
 from kif.evaluate import evaluate
 from kif.families import Encoded
+from kif.faults import Disagreement
 from kif.loop import train_phase
 from kif.methods import METHODS
 from kif.models import load_language_model
@@ -51,8 +53,8 @@ def train_two_tasks(model: Path, name: str, **options: Any) -> tuple[torch.Tenso
         model=str(model), method=name, device="cpu", lora_dropout=0.0, batch_size=4, epochs=2, lr=1e-2, eps=1e-4,
         warmup_steps=0, gradient_accumulation=2, kif=KIFConfig(inner_steps=3, outer_steps=2),
         vrmcl=VRMCLConfig(outer_lr=1.0), lfpt5=LFPT5Config(prompt_length=5, lm_length=64, pseudo_candidates=4),
-        **options,
     )  # fmt: skip
+    config = replace(config, **options)
     lm = load_language_model(METHODS[name].adapter_config(config, 2), {task.name: task.labels for task in tasks})
     method, log, memory = METHODS[name](lm, config), list[Any](), list[Encoded]()
     method.phases(tasks)
@@ -93,6 +95,8 @@ def work(rank: int, ports: list[int], model: Path, data: Path, output: Path) -> 
             order.touch()
         for name in METHODS:
             found[f"{name}/weights"], found[f"{name}/losses"], answers[name] = train_two_tasks(model, name)
+        with pytest.raises(Disagreement, match="after round 1 the processes hold different weights"):
+            one_process_masks_otherwise(model, rank)
         interrupted_and_resumed(model, data, output)
     assert world() == (0, 1)
     for port, fail in zip(ports[1:], (fail_alone, fail_before_the_others), strict=True):
@@ -101,6 +105,10 @@ def work(rank: int, ports: list[int], model: Path, data: Path, output: Path) -> 
             fail(rank)
     save_file(found, output / f"{rank}.safetensors")
     (output / f"{rank}.json").write_text(json.dumps(answers))
+
+
+def one_process_masks_otherwise(model: Path, rank: int) -> None:
+    train_two_tasks(model, "recurrent-kif", kif=KIFConfig(inner_steps=3, outer_steps=2, density=0.2 + 0.1 * rank))
 
 
 def fail_alone(rank: int) -> None:
@@ -176,6 +184,23 @@ def test_every_method_trains_in_bf16(name: str, model: Path) -> None:
     weights, losses, _ = train_two_tasks(model, name, precision="bf16")
     assert weights.dtype == torch.float32 and weights.isfinite().all() and losses.isfinite().all()
     assert not torch.equal(weights, train_two_tasks(model, name)[0])
+
+
+@pytest.mark.parametrize("name", ["recurrent-kif", "moelora", "sapt", "migu", "vr-mcl", "lfpt5"])
+def test_gradient_checkpointing_changes_nothing(name: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods whose hooks see each layer again; the same dropout is drawn."""
+    forward, layers = T5LayerFF.forward, list[bool]()
+    monkeypatch.setattr(T5LayerFF, "forward", lambda *given: (layers.append(True), forward(*given))[1])
+    found, passes = [], []
+    for wanted in (False, True):
+        torch.manual_seed(0)
+        found.append(train_two_tasks(model, name, gradient_checkpointing=wanted, lora_dropout=0.2))
+        passes.append(len(layers))
+        layers.clear()
+    (weights, losses, answers), again = found
+    torch.testing.assert_close(again[0], weights, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(again[1], losses, rtol=1e-5, atol=1e-6)
+    assert again[2] == answers and passes[1] > passes[0]
 
 
 def test_a_run_of_two_processes_is_resumed_bit_for_bit(ended: Path) -> None:
