@@ -324,6 +324,8 @@ class RunConfig:
         seed: seed of everything random (adapter init, dropout, shuffling, replay memory).
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ...
         precision: `fp32` or `bf16` for the base model; the adapter is fp32 always. `fp16` is refused.
+        adapter_precision: `bf16`: products with the adapter's LoRA weights are taken in bf16 in training, without casts
+            in each layer; weights, gradients and moments stay fp32. It needs `precision: bf16`.
         quantization: keep the base model's linear layers in 8 bits (`int8`, LLM.int8) or 4 bits (`nf4`, `fp4`), by
             bitsandbytes (pip install "recurrent-kif[bnb]"). `precision` is that of the rest and of the products (with
             int8 these are fp16 at most). Output layer, embeddings, norms and T5's `wo` stay as they are.
@@ -408,6 +410,7 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    adapter_precision: Literal["fp32", "bf16"] = "fp32"
     quantization: Literal["none", "int8", "nf4", "fp4"] = "none"
 
     lora_r: int = 8
@@ -490,6 +493,8 @@ class RunConfig:
             raise ValueError("target_modules must hold all-linear alone, which is all layers already")
         if self.template is not None and self.template.count("{input}") != 1:
             raise ValueError(f"template must hold {{input}} once, got {self.template!r}")
+        if self.adapter_precision == "bf16" and self.precision != "bf16":
+            raise ValueError(f"adapter_precision bf16 needs precision bf16, got precision {self.precision}")
         if self.order is not None and self.tasks:
             raise ValueError("give either order or tasks, not both")
 

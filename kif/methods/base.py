@@ -13,6 +13,7 @@ from torch import Tensor
 from kif.arena import ParameterArena
 from kif.config import SECTIONS, RunConfig
 from kif.families import Encoded, Family, LanguageModel
+from kif.low_precision import BF16Adapter
 from kif.optimizer import ArenaAdamW, OptimizerConfig, Scoring
 from kif.tasks import Task
 from kif.timing import Stopwatch
@@ -91,6 +92,8 @@ class Method(ABC):
         self.lm, self.config = lm, config
         self.arena = ParameterArena.of(lm.model)
         self.stopwatch = Stopwatch()
+        if config.adapter_precision == "bf16" and "adapter_precision" not in self.unused:
+            BF16Adapter(lm, self.arena)
 
     @property
     @abstractmethod

@@ -110,7 +110,7 @@ class L2P(SingleAdapterMethod):
     section = "l2p"
     plain_adapter = False
     unused = (
-        "lora_r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "target_modules",
+        "adapter_precision", "lora_r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "target_modules",
         "outer_lr", "outer_batch_size", "memory_fraction", "memory_balanced",
     )  # fmt: skip
 

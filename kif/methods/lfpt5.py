@@ -74,8 +74,8 @@ class LFPT5(Method):
     plain_adapter = False
     refused: ClassVar[Mapping[Family, str]] = {"encoder": "it generates pseudo samples, which an encoder cannot"}
     unused = (
-        "lora_r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "target_modules", "beta1", "beta2", "eps",
-        "outer_lr", "outer_batch_size", "memory_fraction", "memory_balanced",
+        "adapter_precision", "lora_r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "target_modules",
+        "beta1", "beta2", "eps", "outer_lr", "outer_batch_size", "memory_fraction", "memory_balanced",
     )  # fmt: skip
 
     refused_options: ClassVar[Mapping[str, str]] = {"modules_to_save": "whose model stays frozen"}

@@ -1,0 +1,66 @@
+"""Products with the adapter in bf16 while its weights stay fp32: no casts of activations and weights in each layer."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kif.arena import ParameterArena, Segment
+from kif.families import LanguageModel
+
+
+class BF16Adapter:
+    """LoRA pairs that multiply in bf16 in training, with fp32 master weights, gradients and moments in the arena.
+
+    PEFT turns the input of every layer with LoRA into fp32 and the result back. Here the whole arena is turned into
+    bf16 once before each forward pass, in one operation, and the layers read views of that copy. A gradient is rounded
+    to bf16 once, as under autocast. Layers whose input is fp32, and all layers in evaluation, do what PEFT does.
+
+    Args:
+        lm: model with LoRA layers by PEFT, without DoRA and bias; it keeps the changed layers for good.
+        arena: holds their parameters.
+
+    Attributes:
+        shadow: flat bf16 copy of the arena's weights, of the present forward pass.
+    """
+
+    def __init__(self, lm: LanguageModel, arena: ParameterArena) -> None:
+        from peft.tuners.lora import LoraLayer
+
+        self.arena = arena
+        self.shadow = arena.data.to(torch.bfloat16)
+        lm.base.register_forward_pre_hook(self._refresh)
+        for module in lm.model.modules():
+            if isinstance(module, LoraLayer):
+                module.cast_input_dtype_enabled = False
+        for segment in arena.segments:
+            owner, _, attribute = segment.name.rpartition(".")
+            module = lm.model.get_submodule(owner)
+            if attribute == "weight" and isinstance(module, nn.Linear) and owner.split(".")[-2] in ("lora_A", "lora_B"):
+                module.forward = partial(self._linear, module, segment)  # type: ignore[method-assign]
+
+    def _refresh(self, model: nn.Module, inputs: Any) -> None:
+        if model.training:
+            # a new tensor: the pass before may still wait for its backward
+            self.shadow = self.arena.data.to(torch.bfloat16)
+
+    def _linear(self, module: nn.Linear, segment: Segment, x: Tensor) -> Tensor:
+        if module.training and x.dtype == torch.bfloat16:
+            return F.linear(x, _Shadow.apply(module.weight, segment.view(self.shadow)))
+        return F.linear(x.to(module.weight.dtype), module.weight)
+
+
+class _Shadow(torch.autograd.Function):
+    """A bf16 copy in the place of the fp32 weight, which gets the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, copy: Tensor) -> Tensor:
+        return copy.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient[0].float(), None
