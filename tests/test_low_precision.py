@@ -57,7 +57,7 @@ def test_the_error_is_that_of_a_bf16_base(kind: str, folders: dict[str, Path]) -
     _, exact = gradient(*load(folders[kind], "fp32", precision="fp32"))
     loss, plain = gradient(*load(folders[kind], "fp32"))
     rounded_loss, rounded = gradient(*load(folders[kind], "bf16"))
-    assert rounded.dtype == torch.float32 and rounded_loss == pytest.approx(loss, rel=0.02)
+    assert rounded.dtype == torch.float32 and rounded_loss == pytest.approx(loss, rel=0.05)
     assert not torch.equal(rounded, plain)
     assert (rounded - exact).norm() < 1.3 * (plain - exact).norm() + 0.01 * exact.norm()
 
