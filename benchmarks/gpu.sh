@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of at most 8 minutes and without a network:
+# Everything that needs a GPU, in calls of at most 8 minutes and without a network:
 #
-#     benchmarks/gpu.sh OUT [DEVICE] [kernels|steps]
+#     benchmarks/gpu.sh OUT [DEVICE] [kernels|steps|compile]
 #
 # kernels (the default): correctness of every kernel on the device, the static contract with this machine's triton, microbenchmarks, the
 # regression gate (its self-test, and against a recorded result of the same GPU, torch and triton), and where ncu runs
@@ -11,6 +11,9 @@
 # steps: rounds of training taken apart (benchmarks.train_step) at the shapes of T5-large and LLaMA-2 7B, against
 # transformers' Trainer and per-tensor bookkeeping, and the loss trajectory of the last two. Needs transformers and peft,
 # the Trainer accelerate too.
+#
+# compile: the same rounds with the adapter's products in bf16, and with torch.compile too, which takes its time first;
+# gradient checkpointing at 7B.
 #
 # DEVICE=cpu tries the script itself on a machine without a GPU, with tiny sizes.
 set -uo pipefail
@@ -56,10 +59,23 @@ finish() {
   exit 0
 }
 
+step() {
+  lines=8 stage "steps-$1" "$2" "$python" -m benchmarks.train_step --device "$device" --json "$out/steps-$1.json" "${@:3}"
+}
+
+if [ "$part" = compile ]; then
+  if [ "$device" = cpu ]; then
+    step compile 300 --model tiny-t5 --precision bf16 --length 32 --rounds 2 --contenders kif kif-bf16 kif-compile
+  else
+    step bf16 90 --model t5-large --precision bf16 --turns 2 --contenders kif kif-bf16
+    step bf16-trajectory 60 --model t5-large --precision bf16 --length 128 --trajectory 200 --contenders kif-bf16
+    step compile 170 --model t5-large --precision bf16 --contenders kif-bf16 kif-compile
+    step llama2-7b-bf16 140 --model llama2-7b --precision bf16 --rounds 2 --contenders kif kif-bf16 kif-checkpointing
+  fi
+  finish
+fi
+
 if [ "$part" = steps ]; then
-  step() {
-    lines=8 stage "steps-$1" "$2" "$python" -m benchmarks.train_step --device "$device" --json "$out/steps-$1.json" "${@:3}"
-  }
   if [ "$device" = cpu ]; then
     step tiny-t5 60 --model tiny-t5 --length 32 --rounds 2
     step trajectory 60 --model tiny-t5 --length 16 --batch 2 --trajectory 48

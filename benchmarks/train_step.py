@@ -4,10 +4,13 @@
     python -m benchmarks.train_step --model tiny-t5 --trajectory 200
 
 Contenders: `trainer`, LoRA replay by transformers' Trainer and PEFT; `per-tensor`, Recurrent-KIF by this package's loop
-with plain PyTorch, one tensor after the other; `kif`, the same with the arena and its fused operations. All make the
-same number of optimizer steps on rows of the same length. Weights are random, which does not matter for time. Each
-contender runs in a process of its own, in turn, so that its peak memory is its own. With --trajectory the losses of
-`per-tensor` and `kif` on the same rows from the same weights are compared instead.
+with plain PyTorch, one tensor after the other; `kif`, the same with the arena and its fused operations; `kif-bf16`,
+with the adapter's products in bf16 too (`adapter_precision`, for --precision bf16); `kif-compile`, that with the
+model's forward and backward by torch.compile, which the product does not do; `kif-checkpointing`, `kif` with gradient
+checkpointing. All make the same number of optimizer steps on rows of the same length. Weights are random, which does
+not matter for time. Each contender runs in a process of its own, in turn, so that its peak memory is its own. With
+--trajectory the losses of `per-tensor` and another contender on the same rows from the same weights are compared
+instead.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from kif.decoder import DecoderModel
 from kif.engine import RecurrentKIF
 from kif.families import Encoded, LanguageModel
 from kif.generative import IGNORE
+from kif.low_precision import BF16Adapter
 from kif.seq2seq import EncoderDecoderModel
 from kif.timing import Stopwatch
 
@@ -69,7 +73,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 """Shapes of the models of Appendix D, a small one for CPUs, and tiny ones for tests."""
 
-CONTENDERS = ("trainer", "per-tensor", "kif")
+BASELINES = ("trainer", "per-tensor")
+CONTENDERS = (*BASELINES, "kif", "kif-bf16", "kif-compile", "kif-checkpointing")
 BOOKKEEPING = ("optimizer", "threshold", "fusion")
 TARGET = 8
 """Tokens of a label."""
@@ -106,10 +111,19 @@ def rows_of(count: int, length: int, seed: int) -> list[Encoded]:
 
 
 class KIF:
-    """This package: the arena and the fused operations."""
+    """This package: the arena and the fused operations; `name` is a contender's."""
 
-    def __init__(self, lm: LanguageModel, config: KIFConfig, watch: Stopwatch) -> None:
-        self.engine = RecurrentKIF(ParameterArena.of(lm.model), config)
+    def __init__(self, lm: LanguageModel, config: KIFConfig, watch: Stopwatch, name: str) -> None:
+        arena = ParameterArena.of(lm.model)
+        if name == "kif-checkpointing":
+            lm.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        elif name != "kif":
+            if lm.base.dtype != torch.bfloat16:
+                raise ValueError(f"{name} needs --precision bf16")
+            BF16Adapter(lm, arena)
+        if name == "kif-compile":
+            lm.base.forward = torch.compile(lm.base.forward)
+        self.engine = RecurrentKIF(arena, config)
         self.engine.stopwatch = watch
 
     def step(self, side: str, first: bool, last: bool) -> None:
@@ -122,7 +136,7 @@ class KIF:
 class PerTensor:
     """Plain PyTorch, one tensor after the other, on the model's own parameters."""
 
-    def __init__(self, lm: LanguageModel, config: KIFConfig, watch: Stopwatch) -> None:
+    def __init__(self, lm: LanguageModel, config: KIFConfig, watch: Stopwatch, name: str) -> None:
         self.parameters = [p for p in lm.model.parameters() if p.requires_grad]
         self.device, self.watch = lm.device, watch
         buffers = ("weight", "grad", "theta_start", "theta_inner", "importance_in", "importance_out", *MOMENTS)
@@ -180,7 +194,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         rounds = _trainer(lm, options, steps)
     else:
         watch = Stopwatch()
-        own = (KIF if options.only == "kif" else PerTensor)(lm, config, watch)
+        own = _bookkeeping(options.only)(lm, config, watch, options.only)
         rows = rows_of(options.batch, options.length, 1)
         rounds = []
         before: dict[str, float] = {}
@@ -206,6 +220,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "bookkeeping_share": 100.0 * sum(parts.get(name, 0.0) for name in BOOKKEEPING) / median if parts else None,
         "peak_bytes": _peak(device),
     }
+
+
+def _bookkeeping(name: str) -> type[KIF] | type[PerTensor]:
+    return PerTensor if name == "per-tensor" else KIF
 
 
 def _trainer(lm: LanguageModel, options: argparse.Namespace, steps: int) -> list[float]:
@@ -251,14 +269,15 @@ def _features(lm: LanguageModel, row: Encoded) -> dict[str, list[int]]:
 
 
 def trajectory(options: argparse.Namespace) -> dict[str, Any]:
-    """Losses of `per-tensor` and `kif` over `options.trajectory` steps on the same rows from the same weights."""
+    """Losses of `per-tensor` and the last contender over `options.trajectory` steps, same rows, same weights."""
     device = torch.device(options.device)
     config = KIFConfig(inner_steps=options.inner_steps, outer_steps=options.outer_steps)
     found = {}
-    for name, kind in (("per-tensor", PerTensor), ("kif", KIF)):
+    other = options.contenders[-1]
+    for name in ("per-tensor", other):
         lm = build(options.model, device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
         watch = Stopwatch()
-        own = kind(lm, config, watch)
+        own = _bookkeeping(name)(lm, config, watch, name)
         pool = rows_of(8 * options.batch, options.length, 2)
         drawn = iter(range(10**9))
 
@@ -270,8 +289,9 @@ def trajectory(options: argparse.Namespace) -> dict[str, Any]:
         while len(losses) < options.trajectory:
             losses += train_round(lm, own, config, next_rows, watch)
         found[name] = torch.stack(losses[: options.trajectory]).tolist()
-    pairs = list(zip(found["per-tensor"], found["kif"], strict=True))
+    pairs = list(zip(found["per-tensor"], found[other], strict=True))
     return {
+        "contender": other,
         "steps": len(pairs),
         "first_loss": pairs[0][1],
         "last_loss": pairs[-1][1],
@@ -282,11 +302,11 @@ def trajectory(options: argparse.Namespace) -> dict[str, Any]:
 def table(contenders: dict[str, dict[str, Any]]) -> str:
     """The results for people: medians over the rounds of all turns."""
     names = ["data", "forward", "backward", *BOOKKEEPING, "other"]
-    lines = [f"{'contender':12}{'round ms':>10}{'tokens/s':>10}{'peak GiB':>10}" + "".join(f"{n:>10}" for n in names)]
+    lines = [f"{'contender':18}{'round ms':>10}{'tokens/s':>10}{'peak GiB':>10}" + "".join(f"{n:>10}" for n in names)]
     for name, row in contenders.items():
         parts = "".join(f"{row['parts_ms'][n]:10.1f}" if n in row["parts_ms"] else " " * 10 for n in names)
         lines.append(
-            f"{name:12}{row['median_ms']:10.1f}{row['tokens_per_second']:10.0f}{row['peak_bytes'] / 2**30:10.2f}{parts}"
+            f"{name:18}{row['median_ms']:10.1f}{row['tokens_per_second']:10.0f}{row['peak_bytes'] / 2**30:10.2f}{parts}"
         )
     return "\n".join(lines)
 
@@ -294,7 +314,7 @@ def table(contenders: dict[str, dict[str, Any]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(MODELS), default="tiny-t5")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=[*BASELINES, "kif"])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=512, help="tokens of a prompt")
     parser.add_argument("--inner-steps", type=int, default=8)

@@ -13,11 +13,12 @@ SMALL = ["--length=8", "--batch=2", "--rounds=2", "--inner-steps=2", "--outer-st
 
 
 @pytest.mark.parametrize("model", ["tiny-t5", "tiny-llama"])
-@pytest.mark.parametrize("name", train_step.CONTENDERS)
+@pytest.mark.parametrize("name", [name for name in train_step.CONTENDERS if name != "kif-compile"])
 def test_a_contender_is_measured(model: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     if name == "trainer":
         pytest.importorskip("accelerate")
-    assert train_step.main(["--model", model, *SMALL, "--only", name]) == 0
+    precision = "bf16" if name == "kif-bf16" else "fp32"
+    assert train_step.main(["--model", model, *SMALL, "--precision", precision, "--only", name]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(found["round_ms"]) == 2 and min(found["round_ms"]) > 0
     # 3 steps of 2 rows, 8 + 8 tokens each
@@ -40,6 +41,15 @@ def test_the_fast_path_trains_as_the_plain_one(model: str, tmp_path: Path) -> No
     assert found["steps"] == 30 and found["largest_relative_difference"] < 1e-2
     assert found["first_loss"] != found["last_loss"]
     assert document["settings"]["model"] == model and document["environment"]["torch"]
+
+
+def test_bf16_products_train_as_fp32_ones(tmp_path: Path) -> None:
+    options = ["--precision", "bf16", "--contenders", "kif-bf16", "--json", str(tmp_path / "bf16.json")]
+    assert train_step.main([*SMALL, "--trajectory", "12", *options]) == 0
+    found = json.loads((tmp_path / "bf16.json").read_text())["trajectory"]
+    assert found["contender"] == "kif-bf16" and 0 < found["largest_relative_difference"] < 0.05
+    with pytest.raises(ValueError, match="kif-bf16 needs --precision bf16"):
+        train_step.main([*SMALL, "--only", "kif-bf16"])
 
 
 def test_contenders_take_turns_in_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
