@@ -329,6 +329,8 @@ class RunConfig:
         quantization: keep the base model's linear layers in 8 bits (`int8`, LLM.int8) or 4 bits (`nf4`, `fp4`), by
             bitsandbytes (pip install "recurrent-kif[bnb]"). `precision` is that of the rest and of the products (with
             int8 these are fp16 at most). Output layer, embeddings, norms and T5's `wo` stay as they are.
+        shard_base: with several processes, split the frozen base model's layers over them (FSDP), for a model that one
+            GPU does not hold; the adapter is whole in each, and the result is the same.
 
         lora_r: rank of the adapter.
         lora_alpha: LoRA scaling numerator; the scale is lora_alpha / lora_r.
@@ -412,6 +414,7 @@ class RunConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     adapter_precision: Literal["fp32", "bf16"] = "fp32"
     quantization: Literal["none", "int8", "nf4", "fp4"] = "none"
+    shard_base: bool = False
 
     lora_r: int = 8
     lora_alpha: int = 32
@@ -495,6 +498,8 @@ class RunConfig:
             raise ValueError(f"template must hold {{input}} once, got {self.template!r}")
         if self.adapter_precision == "bf16" and self.precision != "bf16":
             raise ValueError(f"adapter_precision bf16 needs precision bf16, got precision {self.precision}")
+        if self.shard_base and self.quantization != "none":
+            raise ValueError(f"shard_base cannot split a quantised base: leave out quantization {self.quantization}")
         if self.order is not None and self.tasks:
             raise ValueError("give either order or tasks, not both")
 

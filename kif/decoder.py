@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kif.families import Batch, Encoded, pad
-from kif.generative import IGNORE, RANK_ELEMENTS, GenerativeModel, log_likelihood, summed_cross_entropy
+from kif.generative import IGNORE, GenerativeModel, log_likelihood, summed_cross_entropy
 from kif.tasks import Example, Task
 
 
@@ -80,7 +80,10 @@ class DecoderModel(GenerativeModel):
         begin = inputs["input_ids"].size(1)
         stopping = self._stopping(begin, acceptable)
         sequences = self.model.generate(
-            **inputs, generation_config=self._greedy(max_new_tokens), stopping_criteria=stopping
+            **inputs,
+            generation_config=self._greedy(max_new_tokens),
+            stopping_criteria=stopping,
+            synced_gpus=self.lockstep,
         )
         texts: list[str] = self.tokenizer.batch_decode(sequences[:, begin:], skip_special_tokens=True)
         return texts
@@ -98,7 +101,7 @@ class DecoderModel(GenerativeModel):
         cached = mask.numel() * 2 * config.num_hidden_layers * config.hidden_size
         per_label = len(rows) * labels.size(1) * config.vocab_size + cached
         scores = []
-        for part in labels.split(max(1, RANK_ELEMENTS // per_label)):
+        for part in labels.split(self._labels_at_once(per_label)):
             tiled = part.repeat(len(rows), 1)
             # the last token predicts nothing that is scored
             known = tiled[:, :-1]

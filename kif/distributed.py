@@ -52,6 +52,16 @@ def alike(tensor: Tensor) -> bool:
     return bool(largest.sum() == 0)
 
 
+def least(number: int) -> int:
+    """The smallest of the processes' numbers."""
+    if world()[1] == 1:
+        return number
+    # on the CPU, where no kernel is waited for
+    smallest = torch.tensor(number)
+    dist.all_reduce(smallest, dist.ReduceOp.MIN)
+    return int(smallest)
+
+
 def broadcast_(tensor: Tensor) -> Tensor:
     """Replace `tensor` by that of process 0 and return it."""
     if world()[1] > 1:

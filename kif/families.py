@@ -62,6 +62,7 @@ class LanguageModel(ABC):
     Attributes:
         listeners: called with (token ids, attention mask) of a batch's prompts, on the device and padded, before the
             batch runs; later calls of the model for the same batch may repeat each row for several candidate labels.
+        lockstep: all processes must make the same passes, since each holds a part of every layer.
         virtual_before, virtual_after: virtual tokens in front of and behind every prompt, with the ids -1, -2, ... in
             that order; who sets them also replaces their embeddings (`kif.methods.prompts`).
     """
@@ -73,6 +74,7 @@ class LanguageModel(ABC):
         self.model, self.tokenizer = model, tokenizer
         self.max_length, self.max_target_length = max_length, max_target_length
         self.listeners: list[Listener] = []
+        self.lockstep = False
         self.virtual_before = self.virtual_after = 0
 
     @property

@@ -195,6 +195,12 @@ def backward(lm: LanguageModel, method: Method, rows: Sequence[Encoded], accumul
         loss = loss / count
         loss.backward()
         total += loss.detach()
+    if lm.lockstep:
+        # every process makes as many passes as the first one, which has the most rows
+        idle = min(accumulation, -(-len(rows) // world()[1])) - len(micro)
+        with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else [], enabled=idle > 0):
+            for _ in range(idle):
+                (method.loss(rows[:1])[0] * 0.0).backward()
     if world()[1] > 1:
         method.arena.check()
         all_reduce_(method.arena.grad)

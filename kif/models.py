@@ -18,11 +18,16 @@ from kif.decoder import DecoderModel
 from kif.encoder import EncoderModel, union_of_labels
 from kif.families import Family, LanguageModel
 from kif.seq2seq import EncoderDecoderModel
+from kif.sharding import shard_base
 from kif.tokenization import check_origin
 
 
 def load_language_model(
-    config: RunConfig, labels: Mapping[str, tuple[str, ...] | None], adapter: str | Path | None = None
+    config: RunConfig,
+    labels: Mapping[str, tuple[str, ...] | None],
+    adapter: str | Path | None = None,
+    *,
+    shard: bool = False,
 ) -> LanguageModel:
     """The configured base model with a LoRA adapter, on the configured device; code from model folders never runs.
 
@@ -35,6 +40,8 @@ def load_language_model(
         config: model, precision, quantization, device, adapter, head and lengths.
         labels: label list of each task, in training order; None for free text.
         adapter: PEFT folder to continue from, instead of a new adapter. Its own rank, alpha and target modules hold.
+        shard: split the base over the processes (`kif.sharding.shard_base`), layer by layer, so that no device has to
+            hold all of it; all processes then make the same passes.
     Raises: ValueError naming the cause: no or an unsupported model, fp16, quantization or gradient checkpointing that
         cannot be had, what `kif.adapters` refuses, a sequence longer than the model's positions, a task without labels
         for an encoder, an adapter of another kind or base model.
@@ -66,16 +73,23 @@ def load_language_model(
     adapter_in_fp32(model, new_layers)
     if config.gradient_checkpointing:
         _checkpoint_gradients(base, name)
+    if shard:
+        shard_base(model, device)
     if not quantized:
         # a quantised base was loaded where it is to run, and PEFT put the adapter there
         model.to(device)
 
     lengths = {"max_length": config.max_length, "max_target_length": config.max_target_length}
+    lm: LanguageModel
     if family == "encoder-decoder":
-        return EncoderDecoderModel(model, tokenizer, **lengths)
-    if family == "decoder":
-        return DecoderModel(model, tokenizer, **lengths)
-    return EncoderModel(model, tokenizer, labels=labels, label_space=config.label_space, head=config.head, **lengths)
+        lm = EncoderDecoderModel(model, tokenizer, **lengths)
+    elif family == "decoder":
+        lm = DecoderModel(model, tokenizer, **lengths)
+    else:
+        more = {"labels": labels, "label_space": config.label_space, "head": config.head}
+        lm = EncoderModel(model, tokenizer, **lengths, **more)  # type: ignore[arg-type]
+    lm.lockstep = shard
+    return lm
 
 
 def model_family(name: str) -> Family:

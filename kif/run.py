@@ -106,6 +106,8 @@ def train(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
     from kif.configfile import check_inputs
 
     config = check_inputs(config)
+    if config.shard_base and world()[1] == 1:
+        raise ValueError("shard_base splits the base over several processes: start them with torchrun, or leave it out")
     if config.resume and (Path(config.output) / RESULTS).is_file():
         return finished_results(config)
     with preemption("nothing is written yet, start it again") as stop:
@@ -187,7 +189,7 @@ def _load(
     torch.manual_seed(config.seed)
     method_type = METHODS[config.method]
     adapter = method_type.adapter_config(replace(config, device=local_device(config.device)), adapter_tasks)
-    lm = load_language_model(adapter, {task.name: task.labels for task in tasks})
+    lm = load_language_model(adapter, {task.name: task.labels for task in tasks}, shard=config.shard_base)
     if earlier is not None:
         stored.check_classes(lm, config, earlier.tasks)
         check_origin(earlier.run / "adapter", lm.tokenizer, config.model)

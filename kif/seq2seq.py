@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kif.families import Batch, Encoded, pad
-from kif.generative import IGNORE, RANK_ELEMENTS, GenerativeModel, log_likelihood, summed_cross_entropy
+from kif.generative import IGNORE, GenerativeModel, log_likelihood, summed_cross_entropy
 from kif.tasks import Task
 
 
@@ -38,7 +38,9 @@ class EncoderDecoderModel(GenerativeModel):
         settings.decoder_start_token_id = self.base.generation_config.decoder_start_token_id
         # an answer begins behind the decoder's start token
         stopping = self._stopping(1, acceptable)
-        sequences = self.model.generate(**inputs, generation_config=settings, stopping_criteria=stopping)
+        sequences = self.model.generate(
+            **inputs, generation_config=settings, stopping_criteria=stopping, synced_gpus=self.lockstep
+        )
         texts: list[str] = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
         return texts
 
@@ -51,7 +53,7 @@ class EncoderDecoderModel(GenerativeModel):
         labels = pad(candidates, IGNORE).to(self.device)
         per_label = len(rows) * labels.size(1) * self.base.config.vocab_size + states.numel()
         scores = []
-        for part in labels.split(max(1, RANK_ELEMENTS // per_label)):
+        for part in labels.split(self._labels_at_once(per_label)):
             tiled = part.repeat(len(rows), 1)
             logits = self.model(
                 encoder_outputs=BaseModelOutput(last_hidden_state=states.repeat_interleave(len(part), 0)),

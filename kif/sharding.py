@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 
-def shard_base(model: nn.Module) -> None:
+def shard_base(model: nn.Module, device: torch.device | None = None) -> None:
     """Split the frozen weights of the model's layers over all processes by FSDP (`fully_shard`), in place.
 
     A layer's weights are gathered for its forward and its backward pass and freed after each. Trained parameters
@@ -19,11 +20,14 @@ def shard_base(model: nn.Module) -> None:
     All processes must run the same number of forward and backward passes.
 
     Args:
-        model: base model with its adapter, on the process's device, equal on all processes.
+        model: base model with its adapter, equal on all processes.
+        device: the process's device. Default: where the model is. From elsewhere its layers are moved there one at a
+            time, the rest of the model is not.
     Raises: RuntimeError without a process group; ValueError for a model without a list of layers, and for quantised
         weights, which FSDP cannot split.
     """
     from torch import distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     if not (dist.is_available() and dist.is_initialized()):
@@ -32,8 +36,13 @@ def shard_base(model: nn.Module) -> None:
     if not found:
         raise ValueError(f"{type(model).__name__} has no list of layers to split")
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    # each layer is a root, which by default keeps its weights after forward
-    options: dict[str, Any] = {"ignored_params": trained, "reshard_after_forward": True}
+    place = device or next(model.parameters()).device
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh(place.type, (dist.get_world_size(),)),
+        "ignored_params": trained,
+        # each layer is a root, which by default keeps its weights after forward
+        "reshard_after_forward": True,
+    }
     for name, layer in found:
         frozen = {n: p for n, p in layer.named_parameters() if p not in trained}
         for parameter_name, parameter in frozen.items():

@@ -28,7 +28,7 @@ from kif.stored import Earlier, read_state
 from kif.tasks import Example, Task, limit_rows
 from kif.tokenization import TokenCache, save_origin
 
-INCIDENTAL = ("output", "resume", "checkpoint_rounds", "keep_checkpoints", "device", "cache_dir")
+INCIDENTAL = ("output", "resume", "checkpoint_rounds", "keep_checkpoints", "device", "shard_base", "cache_dir")
 """Fields of RunConfig that do not change what is trained and scored."""
 
 

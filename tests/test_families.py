@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import build_tiny, free_text_task, sentiment_task, topic_task
 
-from kif import decoder, seq2seq
+from kif import generative
 from kif.config import RunConfig
 from kif.encoder import EncoderModel
 from kif.families import Encoded, LanguageModel, cut_inside
@@ -227,8 +227,7 @@ def likelihood(lm: LanguageModel, row: Encoded, target: tuple[int, ...]) -> floa
 def test_ranking_equals_likelihoods_one_by_one(
     load: Loader, kind: str, elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(seq2seq, "RANK_ELEMENTS", elements)
-    monkeypatch.setattr(decoder, "RANK_ELEMENTS", elements)
+    monkeypatch.setattr(generative, "RANK_ELEMENTS", elements)
     lm: Any = load(kind)
     rows = lm.encode(TOPICS, TOPICS.train)
     assert TOPICS.labels is not None

@@ -14,13 +14,24 @@ from torch import distributed as dist
 from torch import multiprocessing, nn
 from torch.distributed.tensor import DTensor
 
+import kif.generative
+import kif.run
 from kif.config import KIFConfig, RunConfig
 from kif.engine import RecurrentKIF
 from kif.families import LanguageModel
+from kif.methods import METHODS
 from kif.models import load_language_model
 from kif.sharding import shard_base
 
 RANKS = 2
+RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "t5": ("t5", "recurrent-kif", {"eval_mode": "rank", "gradient_checkpointing": True}),
+    "llama": ("llama", "recurrent-kif", {"eval_mode": "generate"}),
+    "llama-rank": ("llama", "sapt", {"eval_mode": "rank", "precision": "bf16", "adapter_precision": "bf16"}),
+    "bert": ("bert", "recurrent-kif", {}),
+    "l2p": ("t5", "l2p", {}),
+}
+"""Kind of model, method and settings by name."""
 CASES = (("llama", "fp32"), ("t5", "fp32"), ("t5", "bf16"), ("bert", "fp32"))
 
 
@@ -58,9 +69,25 @@ def train(rank: int, lm: LanguageModel, sharded: bool) -> dict[str, Any]:
     return {"weights": engine.arena.data, "answers": answers, "share": local_bytes(lm.model) / whole}
 
 
-def work(rank: int, output: Path) -> None:
+def train_runs(data: Path, output: Path) -> None:
+    """Whole runs in which a process may have no row of a step, fewer rows to score, and other labels at once."""
+    kif.generative.RANK_ELEMENTS = 20_000
+    for name, (kind, method, options) in RUNS.items():
+        for sharded in (False, True):
+            config = RunConfig(
+                model=str(output / kind), method=method, data=str(data), tasks=["colours", "sizes"], device="cpu",
+                output=str(output / "runs" / f"{name}-{sharded}"), cache_dir=str(output / "cache"), batch_size=5,
+                limit_train=11, limit_eval=7, eval_batch_size=2, gradient_accumulation=2, lr=1e-2, steps_per_task=8,
+                max_length=64, max_new_tokens=3, kif=KIFConfig(inner_steps=2), shard_base=sharded,
+                **options,
+            )  # fmt: skip
+            kif.run.train(config, progress=False)
+
+
+def work(rank: int, data: Path, output: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{output / 'port'}", rank=rank, world_size=RANKS)
+    train_runs(data, output)
     for kind, precision in CASES:
         found = []
         for sharded in (False, True):
@@ -76,11 +103,11 @@ def work(rank: int, output: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ended(written: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("sharding")
     for kind in {kind for kind, _ in CASES}:
         build_tiny(kind, output / kind)  # type: ignore[arg-type]
-    multiprocessing.spawn(work, (output,), nprocs=RANKS)
+    multiprocessing.spawn(work, (written, output), nprocs=RANKS)
     return output
 
 
@@ -96,6 +123,30 @@ def test_a_split_base_is_as_good_as_a_whole_one(ended: Path, kind: str, precisio
         assert torch.equal(tensors["0"], tensors["1"])
         weights.append(tensors["1"])
     assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_on_a_split_base_is_the_run_on_a_whole_one(ended: Path, name: str) -> None:
+    folders = [ended / "runs" / f"{name}-{sharded}" for sharded in (False, True)]
+    weights = [(folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in folders]
+    assert weights[0] == weights[1]
+    whole, split = (json.loads((folder / "results.json").read_text()) for folder in folders)
+    assert split["accuracy"] == whole["accuracy"] and split["steps"] == whole["steps"] and split["skipped"] == 0
+    assert split["settings"] == whole["settings"]
+
+
+@pytest.mark.parametrize("method", ["ewc", "migu", "vr-mcl", "lfpt5"])
+def test_methods_with_passes_of_their_own_refuse(method: str) -> None:
+    config = RunConfig(method=method, shard_base=True)
+    with pytest.raises(ValueError, match=f"shard_base does not work with {method}, whose|which .*: leave it out"):
+        METHODS[method].adapter_config(config, 2)
+
+
+def test_what_a_run_on_a_split_base_needs(written: Path) -> None:
+    with pytest.raises(ValueError, match="several processes: start them with torchrun, or leave it out"):
+        kif.run.train(RunConfig(model="none", data=str(written), tasks=["colours"], shard_base=True), progress=False)
+    with pytest.raises(ValueError, match="cannot split a quantised base: leave out quantization nf4"):
+        RunConfig(shard_base=True, quantization="nf4")
 
 
 def test_the_adapter_is_saved_whole(ended: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 
@@ -25,6 +26,9 @@ class EWC(SingleAdapterMethod):
     source = "Kirkpatrick et al. 2017, online form of Schwarz et al. 2018; baseline (4) of section 4"
     section = "ewc"
     unused = ("outer_lr", "outer_batch_size", "memory_fraction", "memory_balanced")
+    refused_options: ClassVar[Mapping[str, str]] = {
+        "shard_base": "whose Fisher information takes other passes in each process"
+    }
 
     _rows: Sequence[Encoded] = ()
 

@@ -78,7 +78,10 @@ class LFPT5(Method):
         "beta1", "beta2", "eps", "outer_lr", "outer_batch_size", "memory_fraction", "memory_balanced",
     )  # fmt: skip
 
-    refused_options: ClassVar[Mapping[str, str]] = {"modules_to_save": "whose model stays frozen"}
+    refused_options: ClassVar[Mapping[str, str]] = {
+        "modules_to_save": "whose model stays frozen",
+        "shard_base": "whose pseudo rows take other passes in each process",
+    }
 
     @classmethod
     def attach(cls, lm: LanguageModel, config: RunConfig, folder: Path) -> None:

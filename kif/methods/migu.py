@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class MIGU(SingleAdapterMethod):
     source = "Du et al. 2024, LoRA form; baseline of section 4"
     section = "migu"
     unused = ("outer_lr", "outer_batch_size", "memory_fraction", "memory_balanced")
+    refused_options: ClassVar[Mapping[str, str]] = {"shard_base": "which would count some rows twice"}
 
     def __init__(self, lm: LanguageModel, config: RunConfig) -> None:
         super().__init__(lm, config)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class VRMCL(Method):
     source = "Wu et al. 2024, first order, on LoRA; baseline of section 4"
     section = "vrmcl"
     unused = ("lr", "outer_lr", "warmup_steps", "weight_decay", "beta1", "beta2", "eps")
+    refused_options: ClassVar[Mapping[str, str]] = {"shard_base": "whose meta-gradient takes passes of its own"}
 
     def __init__(self, lm: LanguageModel, config: RunConfig) -> None:
         super().__init__(lm, config)
