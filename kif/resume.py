@@ -26,14 +26,15 @@ STATE = "state"
 
 
 def with_absolute_folders(config: RunConfig) -> RunConfig:
-    """The configuration with model and data folders as absolute paths, so that it holds in any working directory.
+    """The configuration with absolute paths of model and data, so that it holds in any working directory.
 
     It does not ask to resume, so that a new run can be made of it.
     """
+    places = {name: getattr(config, name) for name in ("model", "data", "continue_from", "memory_data")}
     found: dict[str, Any] = {
         name: str(Path(value).resolve())
-        for name, value in (("model", config.model), ("data", config.data), ("continue_from", config.continue_from))
-        if value and Path(value).is_dir()
+        for name, value in places.items()
+        if value and (Path(value).is_dir() or (name == "memory_data" and Path(value).is_file()))
     }
     return replace(config, resume=False, **found)
 

@@ -246,8 +246,9 @@ ROW = '{"task": "colours", "instruction": "a", "input": "b", "label": "red"}'
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet", "csv", "folder"])
 def test_memory_from_elsewhere(
-    written: Path, tiny_models: dict[str, Path], tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+    written: Path, tiny_models: dict[str, Path], tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     datasets = pytest.importorskip("datasets")
     first = settings(written, tiny_models["t5"], tmp_path / "first", tasks=NAMES[:2], method="lora-replay")
     train(first, progress=False)
@@ -260,8 +261,10 @@ def test_memory_from_elsewhere(
     elif form != "jsonl":
         getattr(rows, f"to_{form}")(place)
     train(further(first, "second", ["moods"]), progress=False)
-    same = further(first, "same", ["moods"], memory_data=str(place))
+    monkeypatch.chdir(tmp_path)
+    same = further(first, "same", ["moods"], memory_data=place.name)
     train(same, progress=False)
+    assert load_config(tmp_path / "same" / "config.yaml").memory_data == str(place)
     assert weights(same) == weights(replace(same, output=str(tmp_path / "second")))
 
     # fewer rows there, fewer rows here
