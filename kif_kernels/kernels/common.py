@@ -9,6 +9,12 @@ BINS: tl.constexpr = tl.constexpr(layout.BINS)
 
 
 @triton.jit
+def blocks_of(n, BLOCK: tl.constexpr):
+    """How many blocks hold n >= 1 elements; unlike those of tl.cdiv, its int32 sums hold up to n = 2**31 - 1."""
+    return (n - 1) // BLOCK + 1
+
+
+@triton.jit
 def score(weight, grad):
     """|w * g|; 0 where it is not finite: inf and nan both fail the comparison."""
     s = tl.abs(weight * grad)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from ..segments import SEGMENT_CHUNK
+from .common import blocks_of
 from .launch import BLOCK, contiguous, flat, launch, programs_for
 
 
@@ -129,7 +130,7 @@ def fuse_kernel(
     else:
         threshold_in = tl.load(threshold_in_ptr)
         threshold_out = tl.load(threshold_out_ptr)
-        for block in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
+        for block in range(tl.program_id(0), blocks_of(n, BLOCK), tl.num_programs(0)):
             at = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
             m_in, m_out = fuse_block(
                 theta_ptr, start_ptr, inner_ptr, importance_in_ptr, importance_out_ptr, uncertainty_in_ptr,

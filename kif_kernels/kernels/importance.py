@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from .common import BINS, bit_bins, flush, ranked_score, score
+from .common import BINS, bit_bins, blocks_of, flush, ranked_score, score
 from .launch import BLOCK, contiguous, flat, launch, lerp_weight, programs_for
 
 
@@ -39,7 +39,7 @@ def importance_kernel(
         shift = tl.load(window_ptr).to(tl.int32)
         base = tl.load(window_ptr + 1).to(tl.int32)
         counts = tl.zeros([BINS], dtype=tl.int32)
-    for block in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
+    for block in range(tl.program_id(0), blocks_of(n, BLOCK), tl.num_programs(0)):
         at = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = at < n
         w = tl.load(weight_ptr + at, mask=mask, other=0.0).to(tl.float32)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import layout, reference
 from ..segments import SEGMENT_CHUNK
-from .common import BINS, bit_bins, flush
+from .common import BINS, bit_bins, blocks_of, flush
 from .launch import BLOCK, contiguous, flat, launch, programs_for
 
 LEVELS: tl.constexpr = tl.constexpr(layout.LEVELS)
@@ -115,7 +115,7 @@ def count_all(scores_ptr, factor_ptr, chunk_ptr, n, shift, base, parent, LEVEL: 
                 LEVEL,
             )
     else:
-        for block in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
+        for block in range(tl.program_id(0), blocks_of(n, BLOCK), tl.num_programs(0)):
             at = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
             counts = count_block(counts, scores_ptr, factor_ptr, at, at < n, at < n, shift, base, parent, LEVEL)
     return counts

@@ -10,16 +10,33 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 import kif_kernels as kk
 from kernel_tests.inputs import assert_same, values
 from kif_kernels import reference
+from kif_kernels.kernels import common
 
 INNER, OUTER = 2, 2
 BEYOND = 2**31 + 1037
 PLACES = [pytest.param(5000, id="5000"), pytest.param(BEYOND, id="beyond 2**31", marks=pytest.mark.gpu)]
 LENGTHS = [pytest.param(3000, id="3000"), pytest.param(1_000_003, id="1000003", marks=pytest.mark.gpu)]
+
+
+@triton.jit
+def count_blocks(result_ptr, n, BLOCK: tl.constexpr):
+    tl.store(result_ptr, common.blocks_of(n, BLOCK))
+
+
+@pytest.mark.parametrize(
+    "n", [1, 2, 1023, 1024, 1025, 2**31 - 1025, 2**31 - 1024, 2**31 - 1023, 2**31 - 1, 2**31, 2**33]
+)
+def test_blocks_of_sizes_around_int32(device: torch.device, n: int) -> None:
+    result = torch.zeros((), dtype=torch.int64, device=device)
+    count_blocks[(1,)](result, n, 1024)
+    assert result.item() == -(-n // 1024)
 
 
 class Round:
