@@ -54,6 +54,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_LLAMA, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
     ),
     "t5-small": ("t5", {**_T5, "d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8}),
+    "smollm2-135m": (
+        "llama",
+        {
+            "vocab_size": 49152, "pad_token_id": 0, "max_position_embeddings": 8192, "hidden_size": 576,
+            "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+            "tie_word_embeddings": True,
+        },
+    ),
     "t5-large": ("t5", {**_T5, "d_model": 1024, "d_ff": 4096, "num_layers": 24, "num_heads": 16}),
     "flan-t5-xl": (
         "t5",
@@ -71,7 +79,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_LLAMA, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
     ),
 }  # fmt: skip
-"""Shapes of the models of Appendix D, a small one for CPUs, and tiny ones for tests."""
+"""Shapes of the models of Appendix D, small ones for CPUs, and tiny ones for tests."""
 
 BASELINES = ("trainer", "per-tensor")
 CONTENDERS = (*BASELINES, "kif", "kif-bf16", "kif-compile", "kif-checkpointing")

@@ -110,6 +110,13 @@ def test_the_trainer_ends_as_kif_train(tiny_models: dict[str, Path], tmp_path: P
     assert not memory or 0.2 <= logs[-1]["kept_inner"] <= 0.25
 
 
+def test_gradient_checkpointing_is_the_trainers(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    lm, _ = load(tiny_models, "llama")
+    train(lm, tmp_path, gradient_checkpointing=True)
+    assert lm.base.is_gradient_checkpointing
+    torch.testing.assert_close(weights(lm), by_loop(tiny_models, "llama"), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["t5", "llama"])
 def test_a_loop_of_ones_own_ends_as_kif_train(tiny_models: dict[str, Path], kind: str) -> None:
     lm, _ = load(tiny_models, kind)
