@@ -354,8 +354,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _in_turns(options: argparse.Namespace, arguments: list[str]) -> dict[str, dict[str, Any]]:
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in options.contenders}
-    for _ in range(options.turns):
-        for name in options.contenders:
+    for turn in range(options.turns):
+        # there and back, so that none always follows the same one
+        for name in options.contenders[:: -1 if turn % 2 else 1]:
             command = [sys.executable, "-m", "benchmarks.train_step", *arguments, "--only", name]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode != 0:
@@ -364,7 +365,10 @@ def _in_turns(options: argparse.Namespace, arguments: list[str]) -> dict[str, di
     merged = {}
     for name, results in turns.items():
         middle = sorted(results, key=lambda result: result["median_ms"])[len(results) // 2]
-        merged[name] = {**middle, "round_ms": [ms for result in results for ms in result["round_ms"]]}
+        rounds = [ms for result in results for ms in result["round_ms"]]
+        median = statistics.median(rounds)
+        rate = middle["tokens_per_second"] * middle["median_ms"] / median
+        merged[name] = {**middle, "round_ms": rounds, "median_ms": median, "tokens_per_second": rate}
     return merged
 
 

@@ -40,7 +40,11 @@ class BF16Adapter:
         for segment in arena.segments:
             owner, _, attribute = segment.name.rpartition(".")
             module = lm.model.get_submodule(owner)
-            if attribute == "weight" and isinstance(module, nn.Linear) and owner.split(".")[-2] in ("lora_A", "lora_B"):
+            if (
+                attribute == "weight"
+                and isinstance(module, nn.Linear)
+                and owner.split(".")[-2:-1] in (["lora_A"], ["lora_B"])
+            ):
                 module.forward = partial(self._linear, module, segment)  # type: ignore[method-assign]
 
     def _refresh(self, model: nn.Module, inputs: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,8 @@ def test_contenders_take_turns_in_processes(tmp_path: Path, capsys: pytest.Captu
     target = tmp_path / "round.json"
     assert train_step.main([*SMALL, "--contenders", "kif", "--turns", "2", "--json", str(target)]) == 0
     row = json.loads(target.read_text())["contenders"]["kif"]
-    assert len(row["round_ms"]) == 4
+    assert len(row["round_ms"]) == 4 and row["median_ms"] == pytest.approx(statistics.median(row["round_ms"]))
+    assert row["tokens_per_second"] == pytest.approx(3 * 2 * 16 * 1e3 / row["median_ms"])
     assert "kif" in capsys.readouterr().out
 
 
