@@ -34,6 +34,7 @@ from kif.config import KIFConfig
 from kif.decoder import DecoderModel
 from kif.engine import RecurrentKIF
 from kif.families import Encoded
+from kif.models import checkpoint_layers
 from kif_kernels.eager import CHUNK
 from kif_kernels.selection import kth_largest
 
@@ -72,7 +73,7 @@ def build(shape: Decoder, form: str) -> DecoderModel:
     config = transformers.LlamaConfig(**values, num_key_value_heads=shape.kv_heads or None, pad_token_id=0)
     net: Any = transformers.LlamaForCausalLM._from_config(config, dtype=torch.float32)
     if FORMS[form][1]:
-        net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(net)
     if rank := FORMS[form][0]:
         net = get_peft_model(net, LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules=["q_proj", "v_proj"]))
     net.train()

@@ -41,6 +41,7 @@ from kif.engine import RecurrentKIF
 from kif.families import Encoded, LanguageModel
 from kif.generative import IGNORE
 from kif.low_precision import BF16Adapter
+from kif.models import checkpoint_layers
 from kif.seq2seq import EncoderDecoderModel
 from kif.timing import Stopwatch
 
@@ -124,7 +125,7 @@ class KIF:
     def __init__(self, lm: LanguageModel, config: KIFConfig, watch: Stopwatch, name: str) -> None:
         arena = ParameterArena.of(lm.model)
         if name == "kif-checkpointing":
-            lm.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_layers(lm.base)
         elif name != "kif":
             if lm.base.dtype != torch.bfloat16:
                 raise ValueError(f"{name} needs --precision bf16")

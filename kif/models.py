@@ -72,7 +72,7 @@ def load_language_model(
             check_origin(Path(adapter), tokenizer, name)
     adapter_in_fp32(model, new_layers)
     if config.gradient_checkpointing:
-        _checkpoint_gradients(base, name)
+        checkpoint_layers(base)
     if shard:
         shard_base(model, device)
     if not quantized:
@@ -90,6 +90,16 @@ def load_language_model(
         lm = EncoderModel(model, tokenizer, **lengths, **more)  # type: ignore[arg-type]
     lm.lockstep = shard
     return lm
+
+
+def checkpoint_layers(base: Any) -> None:
+    """Switch gradient checkpointing on in a transformers model. Raises: ValueError for a model that has none."""
+    if not getattr(base, "supports_gradient_checkpointing", False):
+        raise ValueError(f"{type(base).__name__} has no gradient_checkpointing: leave it out")
+    # transformers renamed it
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    # the other kind needs inputs with gradients, which a frozen embedding does not give
+    enable({"use_reentrant": False})
 
 
 def model_family(name: str) -> Family:
@@ -262,13 +272,6 @@ def _load_base(
     if family != "encoder":
         _forget_generation_settings(base)
     return base, new_layers
-
-
-def _checkpoint_gradients(base: Any, name: str) -> None:
-    if not getattr(base, "supports_gradient_checkpointing", False):
-        raise ValueError(f"model {name}: {type(base).__name__} has no gradient_checkpointing")
-    # the other kind needs inputs with gradients, which a frozen embedding does not give
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _forget_generation_settings(base: Any) -> None:

@@ -115,7 +115,7 @@ def test_no_memory_in_scoring(
 def test_no_memory_for_the_model(
     written: Path, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "load_language_model", lambda *_: allocate_too_much())
+    monkeypatch.setattr(run_module, "load_language_model", lambda *_, **__: allocate_too_much())
     with pytest.raises(OutOfMemory, match=r"while loading .*: use precision bf16 .*quantization nf4 .* smaller model"):
         train(settings(written, tiny_models["t5"], tmp_path / "run"), progress=False)
     assert not (tmp_path / "run").exists()

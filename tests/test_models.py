@@ -156,6 +156,12 @@ def test_language_model_without_all_its_weights(folders: Folders, tmp_path: Path
         load(tmp_path / "base")
 
 
+def test_a_model_without_gradient_checkpointing_is_refused(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.LlamaForCausalLM.supports_gradient_checkpointing", False)
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no gradient_checkpointing: leave it out"):
+        load(folders["llama"], gradient_checkpointing=True)
+
+
 @pytest.mark.parametrize("kind, head", [("t5", "cosine"), ("llama", "cosine"), ("bert", "cosine"), ("bert", "linear")])
 def test_bf16(folders: Folders, kind: str, head: Any) -> None:
     lm, exact = load(folders[kind], precision="bf16", head=head), load(folders[kind], head=head)
