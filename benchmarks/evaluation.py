@@ -19,13 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.machine import environment
 from kif.config import RunConfig
 from kif.evaluate import evaluate, mean_score
 from kif.families import LanguageModel
-from kif.models import load_language_model
+from kif.models import load_language_model, resolve_device
 from kif.run import prepare_tasks
 from kif.tasks import Example, Task
 from kif.training import eval_rows, model_name
@@ -61,8 +59,6 @@ def measure(config: RunConfig, adapter: Path | None) -> dict[str, dict[str, Any]
                     lm, task, rows, mode="rank" if way == "rank" else "generate", batch_size=config.eval_batch_size,
                     max_new_tokens=config.max_new_tokens,
                 ).score  # fmt: skip
-            if lm.device.type == "cuda":
-                torch.cuda.synchronize()
             row[way] = {"seconds": time.perf_counter() - begun, "score": score}
         if row["plain"]["score"] != row["kif"]["score"]:
             raise RuntimeError(f"{task.name}: {row['plain']['score']} by whole answers, {row['kif']['score']} by kif")
@@ -100,8 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings.update(
             model=model_name(options.model), data=Path(options.data).name, run=options.run.name if options.run else None
         )
-        device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu")
-        document = {"settings": settings, "environment": environment(device), "seconds": seconds, "tasks": tasks}
+        found = environment(resolve_device(options.device))
+        document = {"settings": settings, "environment": found, "seconds": seconds, "tasks": tasks}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(document, indent=1) + "\n")
     return 0

@@ -145,7 +145,7 @@ class KIF:
 class PerTensor:
     """Plain PyTorch, one tensor after the other, on the model's own parameters."""
 
-    def __init__(self, lm: LanguageModel, config: KIFConfig, watch: Stopwatch, name: str) -> None:
+    def __init__(self, lm: LanguageModel, config: KIFConfig, watch: Stopwatch) -> None:
         self.parameters = [p for p in lm.model.parameters() if p.requires_grad]
         self.device, self.watch = lm.device, watch
         buffers = ("weight", "grad", "theta_start", "theta_inner", "importance_in", "importance_out", *MOMENTS)
@@ -203,7 +203,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         rounds = _trainer(lm, options, steps)
     else:
         watch = Stopwatch()
-        own = _bookkeeping(options.only)(lm, config, watch, options.only)
+        own = _bookkeeping(options.only, lm, config, watch)
         rows = rows_of(options.batch, options.length, 1)
         rounds = []
         before: dict[str, float] = {}
@@ -231,8 +231,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _bookkeeping(name: str) -> type[KIF] | type[PerTensor]:
-    return PerTensor if name == "per-tensor" else KIF
+def _bookkeeping(name: str, lm: LanguageModel, config: KIFConfig, watch: Stopwatch) -> KIF | PerTensor:
+    return PerTensor(lm, config, watch) if name == "per-tensor" else KIF(lm, config, watch, name)
 
 
 def _trainer(lm: LanguageModel, options: argparse.Namespace, steps: int) -> list[float]:
@@ -286,7 +286,7 @@ def trajectory(options: argparse.Namespace) -> dict[str, Any]:
     for name in ("per-tensor", other):
         lm = build(options.model, device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
         watch = Stopwatch()
-        own = _bookkeeping(name)(lm, config, watch, name)
+        own = _bookkeeping(name, lm, config, watch)
         pool = rows_of(8 * options.batch, options.length, 2)
         drawn = iter(range(10**9))
 

@@ -44,22 +44,7 @@ def all_reduce_(tensor: Tensor) -> Tensor:
 
 def alike(tensor: Tensor) -> bool:
     """Whether all processes hold the same bits in a contiguous float32 tensor, by a sum of them; all must ask."""
-    if world()[1] == 1:
-        return True
-    bits = tensor.view(torch.int32).sum(dtype=torch.int64)
-    largest = torch.stack([bits, -bits])
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return bool(largest.sum() == 0)
-
-
-def least(number: int) -> int:
-    """The smallest of the processes' numbers."""
-    if world()[1] == 1:
-        return number
-    # on the CPU, where no kernel is waited for
-    smallest = torch.tensor(number)
-    dist.all_reduce(smallest, dist.ReduceOp.MIN)
-    return int(smallest)
+    return world()[1] == 1 or len(set(gather(int(tensor.view(torch.int32).sum(dtype=torch.int64))))) == 1
 
 
 def broadcast_(tensor: Tensor) -> Tensor:

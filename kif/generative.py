@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kif.distributed import least
+from kif.distributed import gather
 from kif.families import Encoded, LanguageModel
 from kif.tasks import Task
 
@@ -79,7 +79,7 @@ class GenerativeModel(LanguageModel):
     def _labels_at_once(self, per_label: int) -> int:
         """How many labels to rank at once, of `per_label` elements each."""
         count = max(1, RANK_ELEMENTS // per_label)
-        return least(count) if self.lockstep else count
+        return min(gather(count)) if self.lockstep else count
 
     def _end(self, ids: Sequence[int]) -> tuple[int, ...]:
         """A target's ids with the end-of-sequence token, cut to `max_target_length` in front of it."""

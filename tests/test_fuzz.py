@@ -254,21 +254,26 @@ READERS: dict[str, tuple[Callable[[Path], Any], type[Exception]]] = {
 }
 
 
+def read_changed(finished: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+    """Read a file of the run as `change` makes it: all well or refused, nothing else."""
+    read, refusal = READERS[name]
+    path = finished / name
+    before = path.read_bytes()
+    path.write_bytes(change(before))
+    try:
+        with contextlib.suppress(refusal):
+            read(finished)
+    finally:
+        path.write_bytes(before)
+
+
 @fuzz
 @example(name="results.json", edits=[(0.0, 0, b"9" * 5000)])
 @example(name="results.json", edits=[(0.0, 0, b"[" * 100_000)])
 @example(name=TASKS, edits=[(0.5, 0, b"[" * 100_000)])
 @given(name=st.sampled_from(sorted(READERS)), edits=DAMAGE)
 def test_damaged_files_of_a_finished_run(finished: Path, name: str, edits: list[tuple[float, int, bytes]]) -> None:
-    read, refusal = READERS[name]
-    path = finished / name
-    before = path.read_bytes()
-    path.write_bytes(damaged(before, edits))
-    try:
-        with contextlib.suppress(refusal):
-            read(finished)
-    finally:
-        path.write_bytes(before)
+    read_changed(finished, name, lambda before: damaged(before, edits))
 
 
 @fuzz
@@ -278,15 +283,7 @@ def test_damaged_files_of_a_finished_run(finished: Path, name: str, edits: list[
     value=JSON | st.sampled_from(["..", "a/b", "\ud800", "", "\0"]),
 )
 def test_any_value_in_files_of_a_finished_run(finished: Path, name: str, path: list[int], value: Any) -> None:
-    read, refusal = READERS[name]
-    file = finished / name
-    before = file.read_bytes()
-    file.write_text(json.dumps(replaced(json.loads(before), path, value)))
-    try:
-        with contextlib.suppress(refusal):
-            read(finished)
-    finally:
-        file.write_bytes(before)
+    read_changed(finished, name, lambda before: json.dumps(replaced(json.loads(before), path, value)).encode())
 
 
 # tasks and tokens
