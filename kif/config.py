@@ -365,6 +365,9 @@ class RunConfig:
             all its label tokens (rows, for encoders), so this changes memory use and not the result.
         gradient_checkpointing: keep only each layer's input for the backward pass and compute the rest again: less
             memory, more time, the same result up to rounding.
+        cuda_graphs: record forward and backward pass as CUDA graphs, one for each of the few shapes that batches are
+            then padded to, and replay them, one launch a pass; the same result up to rounding and the draws of dropout.
+            For methods whose passes are the model's own; not with quantization, gradient_checkpointing, shard_base.
         warmup_steps: inner steps of linear warm-up in each task; at most a tenth of the task's steps are used.
         weight_decay: decoupled weight decay of AdamW.
         beta1: AdamW decay of the first moment.
@@ -441,6 +444,7 @@ class RunConfig:
     outer_batch_size: int | None = None
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
+    cuda_graphs: bool = False
     warmup_steps: int = 50
     weight_decay: float = 0.0
     beta1: float = 0.9
@@ -500,6 +504,9 @@ class RunConfig:
             raise ValueError(f"adapter_precision bf16 needs precision bf16, got precision {self.precision}")
         if self.shard_base and self.quantization != "none":
             raise ValueError(f"shard_base cannot split a quantised base: leave out quantization {self.quantization}")
+        for name in ("quantization", "gradient_checkpointing", "shard_base"):
+            if self.cuda_graphs and getattr(self, name) not in (False, "none"):
+                raise ValueError(f"cuda_graphs does not work with {name}: leave one of them out")
         if self.order is not None and self.tasks:
             raise ValueError("give either order or tasks, not both")
 

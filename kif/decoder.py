@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kif.families import Batch, Encoded, pad
-from kif.generative import IGNORE, GenerativeModel, log_likelihood, summed_cross_entropy
+from kif.families import IGNORE, Batch, Encoded, pad
+from kif.generative import GenerativeModel, fixed_cross_entropy, log_likelihood, summed_cross_entropy
 from kif.tasks import Example, Task
 
 
@@ -74,6 +74,26 @@ class DecoderModel(GenerativeModel):
         logits = self._logits_at(keep, **inputs, use_cache=False)[0]
         return summed_cross_entropy(logits, labels[:, columns])
 
+    def fixed_loss(self, batch: Batch) -> Tensor:
+        inputs = dict(batch)
+        labels = inputs.pop("labels")
+        logits, _ = self._logits_at(labels.size(1), **inputs, use_cache=False)
+        return fixed_cross_entropy(logits, labels)
+
+    def _fixed_batch(self, rows: Sequence[Encoded]) -> Batch:
+        """All labels begin at the same position: prompts are filled up on the left, labels on the right."""
+        prompts, labels = self._padded_inputs(rows, "left", fixed=True), self._fixed_labels(rows)
+        # the last label predicts nothing
+        known = labels[:, :-1]
+        mask = torch.cat([prompts["attention_mask"], (known != IGNORE).long()], 1)
+        written = known.masked_fill(known == IGNORE, self.tokenizer.pad_token_id)
+        return {
+            "input_ids": torch.cat([prompts["input_ids"], written], 1),
+            "attention_mask": mask,
+            "labels": labels,
+            **self._positions(mask, mask.size(1)),
+        }
+
     def _generate(self, rows: Sequence[Encoded], max_new_tokens: int, acceptable: Collection[str] | None) -> list[str]:
         inputs = self._to_device(self._padded_inputs(rows, "left"))
         self._announce(**inputs)
@@ -119,13 +139,14 @@ class DecoderModel(GenerativeModel):
             scores.append(log_likelihood(logits, tiled).view(len(rows), len(part)))
         return torch.cat(scores, 1)
 
-    def _logits_at(self, columns: Tensor, **inputs: Any) -> tuple[Tensor, Any]:
-        """Logits at some positions, computed there only where the model can, and the key-value cache."""
+    def _logits_at(self, columns: Tensor | int, **inputs: Any) -> tuple[Tensor, Any]:
+        """Logits at some positions, or the last so many, computed there only where the model can; the cache."""
         if self._forward_accepts("logits_to_keep"):
             output = self.model(**inputs, logits_to_keep=columns)
             return output.logits, output.past_key_values
         output = self.model(**inputs)
-        return output.logits[:, columns], output.past_key_values
+        chosen = slice(-columns, None) if isinstance(columns, int) else columns
+        return output.logits[:, chosen], output.past_key_values
 
     def _positions(self, mask: Tensor, count: int) -> Batch:
         """Positions of the last `count` tokens, counted from each row's first real token."""

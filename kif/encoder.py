@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kif.families import Batch, Encoded, LanguageModel
+from kif.families import IGNORE, Batch, Encoded, LanguageModel
 from kif.tasks import Example, Task
 
 COSINE_SCALE = 20.0
@@ -55,7 +55,10 @@ class EncoderModel(LanguageModel):
         self.label_embeddings = self._embed_labels() if head == "cosine" else None
 
     def collate(self, rows: Sequence[Encoded]) -> Batch:
-        batch = self._padded_inputs(rows, "right")
+        return self._batch(rows)
+
+    def _batch(self, rows: Sequence[Encoded], fixed: bool = False) -> Batch:
+        batch = self._padded_inputs(rows, "right", fixed)
         batch["labels"] = torch.tensor([row.target[0] for row in rows])
         if self.label_space == "task":
             batch["allowed"] = torch.tensor(
@@ -64,9 +67,19 @@ class EncoderModel(LanguageModel):
         return batch
 
     def loss(self, batch: Batch) -> tuple[Tensor, int]:
-        inputs = self._to_device(batch)
+        return self.fixed_loss(self._to_device(batch)), len(batch["labels"])
+
+    def fixed_loss(self, batch: Batch) -> Tensor:
+        inputs = dict(batch)
         labels = inputs.pop("labels")
-        return F.cross_entropy(self._scores(inputs), labels, reduction="sum"), len(labels)
+        return F.cross_entropy(self._scores(inputs), labels, ignore_index=IGNORE, reduction="sum")
+
+    def _fixed_batch(self, rows: Sequence[Encoded]) -> Batch:
+        return self._batch(rows, fixed=True)
+
+    @property
+    def _no_target(self) -> tuple[int, ...]:
+        return (IGNORE,)
 
     @torch.no_grad()
     def answer(

@@ -10,7 +10,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -22,6 +22,9 @@ from kif.tasks import Example, Task
 Family = Literal["encoder-decoder", "decoder", "encoder"]
 Batch = dict[str, Tensor]
 Listener = Callable[[Tensor, Tensor], None]
+
+IGNORE = -100
+"""Label of positions and rows that carry no loss, as in transformers and in torch's cross-entropy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +131,22 @@ class LanguageModel(ABC):
         Sums of micro-batches add up to the sum of the whole batch. Moves the batch to the device.
         """
 
+    def fixed_batch(self, rows: Sequence[Encoded], size: int) -> Batch:
+        """A training batch on the CPU in one of few shapes, for `fixed_loss`.
+
+        It is filled up to `size` rows with rows without labels, and to widths by `rounded_width`.
+        """
+        blank = replace(rows[0], input_ids=rows[0].input_ids[:1], target=self._no_target)
+        return self._fixed_batch([*rows, *[blank] * (size - len(rows))])
+
+    @abstractmethod
+    def fixed_loss(self, batch: Batch) -> Tensor:
+        """The sum that `loss` gives, of a `fixed_batch` on the device.
+
+        What is done does not depend on what the batch holds and the host neither waits nor reads anything, so that
+        it can be recorded for one batch and repeated for another. Not for models with listeners.
+        """
+
     @abstractmethod
     def answer(
         self,
@@ -149,6 +168,15 @@ class LanguageModel(ABC):
                 and white space aside), so that a batch does not wait for answers that are wrong already.
         Raises: ValueError for another mode, and for ranking in a task without a label list.
         """
+
+    @abstractmethod
+    def _fixed_batch(self, rows: Sequence[Encoded]) -> Batch:
+        """`fixed_batch` of rows of which some have `_no_target`."""
+
+    @property
+    def _no_target(self) -> tuple[int, ...]:
+        """The target of a row without loss."""
+        return ()
 
     @abstractmethod
     def _targets(self, task: Task, labels: Sequence[str]) -> list[tuple[int, ...]]:
@@ -204,13 +232,21 @@ class LanguageModel(ABC):
             "max_target_length": self.max_target_length,
         }
 
-    def _padded_inputs(self, rows: Sequence[Encoded], side: Literal["left", "right"]) -> Batch:
+    def _padded_inputs(self, rows: Sequence[Encoded], side: Literal["left", "right"], fixed: bool = False) -> Batch:
         """input_ids and attention_mask; the mask goes by length, since padding may share its id with EOS."""
         inputs = [self._prompt(row) for row in rows]
+        longest = max(map(len, inputs))
+        limit = self.max_length + self.virtual_before + self.virtual_after
+        width = rounded_width(longest, limit) if fixed else longest
         return {
-            "input_ids": pad(inputs, self.tokenizer.pad_token_id, side),
-            "attention_mask": pad([(1,) * len(ids) for ids in inputs], 0, side),
+            "input_ids": pad(inputs, self.tokenizer.pad_token_id, side, width),
+            "attention_mask": pad([(1,) * len(ids) for ids in inputs], 0, side, width),
         }
+
+    def _fixed_labels(self, rows: Sequence[Encoded]) -> Tensor:
+        """Targets as rows of labels, filled up with `IGNORE`."""
+        width = rounded_width(max(len(row.target) for row in rows), self.max_target_length)
+        return pad([row.target for row in rows], IGNORE, width=width)
 
     def _prompt(self, row: Encoded) -> tuple[int, ...]:
         """The row's prompt with the virtual tokens."""
@@ -225,9 +261,20 @@ class LanguageModel(ABC):
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def pad(rows: Sequence[Sequence[int]], value: int, side: Literal["left", "right"] = "right") -> Tensor:
-    """Rows of token ids as one int64 tensor, filled up with `value`."""
-    width = max(map(len, rows))
+def rounded_width(width: int, limit: int) -> int:
+    """`width`, rounded up so that there are at most eight widths in an octave, all multiples of 8; at most `limit`.
+
+    Above 64 this adds less than an eighth.
+    """
+    step = max(8, 1 << max(0, width.bit_length() - 4))
+    return max(width, min(-(-width // step) * step, limit))
+
+
+def pad(
+    rows: Sequence[Sequence[int]], value: int, side: Literal["left", "right"] = "right", width: int | None = None
+) -> Tensor:
+    """Rows of token ids as one int64 tensor, filled up with `value` to `width`, by default that of the longest."""
+    width = max(map(len, rows)) if width is None else width
     fill = [[value] * (width - len(row)) for row in rows]
     if side == "left":
         return torch.tensor([[*extra, *row] for extra, row in zip(fill, rows, strict=True)])

@@ -12,11 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kif.distributed import gather
-from kif.families import Encoded, LanguageModel
+from kif.families import IGNORE, Encoded, LanguageModel
 from kif.tasks import Task
-
-IGNORE = -100
-"""Label of positions that carry no loss, as in transformers."""
 
 RANK_ELEMENTS = 2**27
 """Label ranking takes as many labels at once as keep logits and repeated states below so many elements."""
@@ -125,6 +122,11 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
     chosen = logits.flatten(0, 1).index_select(0, index.to(logits.device, non_blocking=True)).float()
     loss = F.cross_entropy(chosen, flat[index].to(logits.device, non_blocking=True), reduction="sum")
     return loss, index.numel()
+
+
+def fixed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The sum of `summed_cross_entropy`, with labels on the logits' device and all positions turned into fp32."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:

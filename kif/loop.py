@@ -191,10 +191,7 @@ def backward(lm: LanguageModel, method: Method, rows: Sequence[Encoded], accumul
     count = lm.label_count(rows)
     total = torch.zeros((), device=lm.device)
     for part in micro:
-        loss, _ = method.loss(part)
-        loss = loss / count
-        loss.backward()
-        total += loss.detach()
+        total += method.backward(part, count)
     if lm.lockstep:
         # every process makes as many passes as the first one, which has the most rows
         idle = min(accumulation, -(-len(rows) // world()[1])) - len(micro)

@@ -7,8 +7,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from kif.families import Batch, Encoded, pad
-from kif.generative import IGNORE, GenerativeModel, log_likelihood, summed_cross_entropy
+from kif.families import IGNORE, Batch, Encoded, pad
+from kif.generative import GenerativeModel, fixed_cross_entropy, log_likelihood, summed_cross_entropy
 from kif.tasks import Task
 
 
@@ -27,9 +27,23 @@ class EncoderDecoderModel(GenerativeModel):
     def loss(self, batch: Batch) -> tuple[Tensor, int]:
         inputs = self._to_device(batch)
         self._announce(inputs["input_ids"], inputs["attention_mask"])
-        decoder_input_ids = self.base.prepare_decoder_input_ids_from_labels(labels=inputs.pop("labels"))
-        logits = self.model(**inputs, decoder_input_ids=decoder_input_ids, use_cache=False).logits
-        return summed_cross_entropy(logits, batch["labels"])
+        return summed_cross_entropy(self._logits(inputs), batch["labels"])
+
+    def fixed_loss(self, batch: Batch) -> Tensor:
+        return fixed_cross_entropy(self._logits(batch), batch["labels"])
+
+    def _fixed_batch(self, rows: Sequence[Encoded]) -> Batch:
+        return {**self._padded_inputs(rows, "right", fixed=True), "labels": self._fixed_labels(rows)}
+
+    def _logits(self, batch: Batch) -> Tensor:
+        """Logits at all positions of the labels, of a batch on the device."""
+        logits: Tensor = self.model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            decoder_input_ids=self.base.prepare_decoder_input_ids_from_labels(labels=batch["labels"]),
+            use_cache=False,
+        ).logits
+        return logits
 
     def _generate(self, rows: Sequence[Encoded], max_new_tokens: int, acceptable: Collection[str] | None) -> list[str]:
         inputs = self._to_device(self._padded_inputs(rows, "right"))

@@ -11,7 +11,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from kif.arena import ParameterArena
+from kif.captured import CapturedSteps
 from kif.config import SECTIONS, RunConfig
+from kif.distributed import world
 from kif.families import Encoded, Family, LanguageModel
 from kif.low_precision import BF16Adapter
 from kif.optimizer import ArenaAdamW, OptimizerConfig, Scoring
@@ -46,6 +48,8 @@ class Method(ABC):
         refused: the model families it cannot work with, and why.
         refused_options: fields of RunConfig that it works with at their default only, and why.
         plain_adapter: whether PEFT alone answers from a saved adapter as the method does.
+        plain_passes: whether a pass of training is that of the model alone and the same in all steps, so that it can be
+            recorded (`cuda_graphs`).
 
     Raises: ValueError for a model of a refused family and a refused option.
     """
@@ -58,6 +62,7 @@ class Method(ABC):
     refused: ClassVar[Mapping[Family, str]] = {}
     refused_options: ClassVar[Mapping[str, str]] = {}
     plain_adapter: ClassVar[bool] = True
+    plain_passes: ClassVar[bool] = False
 
     @classmethod
     def adapter_config(cls, config: RunConfig, tasks: int) -> RunConfig:
@@ -81,6 +86,8 @@ class Method(ABC):
     @classmethod
     def check_options(cls, config: RunConfig) -> None:
         """Raise ValueError for a refused option that is not at its default."""
+        if config.cuda_graphs and not cls.plain_passes:
+            raise ValueError(f"cuda_graphs does not work with {cls.name}, which changes passes: leave it out")
         default = RunConfig()
         for name, reason in cls.refused_options.items():
             if getattr(config, name) != getattr(default, name):
@@ -94,6 +101,7 @@ class Method(ABC):
         self.stopwatch = Stopwatch()
         if config.adapter_precision == "bf16" and "adapter_precision" not in self.unused:
             BF16Adapter(lm, self.arena)
+        self.captured = CapturedSteps(lm, self.arena, _batch_sizes(config)) if config.cuda_graphs else None
 
     @property
     @abstractmethod
@@ -142,6 +150,14 @@ class Method(ABC):
         The loop divides by the number of the whole step, so a penalty on the parameters is added times the number.
         """
         return self.lm.loss(self.lm.collate(rows))
+
+    def backward(self, rows: Sequence[Encoded], count: int) -> Tensor:
+        """Add the gradient of the summed loss of a micro-batch, divided by `count`; returns that loss, 0-d."""
+        if self.captured is not None:
+            return self.captured.backward(rows, count)
+        loss = self.loss(rows)[0] / count
+        loss.backward()
+        return loss.detach()
 
     @abstractmethod
     def inner_step(self, lr: float) -> None:
@@ -210,6 +226,12 @@ class SingleAdapterMethod(Method):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.arena.load_state_dict(state["arena"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _batch_sizes(config: RunConfig) -> list[int]:
+    """Rows of a process's full micro-batches."""
+    parts = world()[1] * config.gradient_accumulation
+    return [-(-size // parts) for size in (config.batch_size, config.outer_batch_size or config.batch_size)]
 
 
 def optimizer_config(config: RunConfig) -> OptimizerConfig:

@@ -25,6 +25,7 @@ class EWC(SingleAdapterMethod):
     summary = "a penalty on moving adapter parameters with high Fisher information for old tasks"
     source = "Kirkpatrick et al. 2017, online form of Schwarz et al. 2018; baseline (4) of section 4"
     section = "ewc"
+    plain_passes = True
     unused = ("outer_lr", "outer_batch_size", "memory_fraction", "memory_balanced")
     refused_options: ClassVar[Mapping[str, str]] = {
         "shard_base": "whose Fisher information takes other passes in each process"

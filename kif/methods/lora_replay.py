@@ -14,6 +14,7 @@ class LoRAReplay(SingleAdapterMethod):
     name = "lora-replay"
     summary = "one LoRA adapter trained on new rows and replay memory shuffled together"
     source = "baseline (3) of section 4"
+    plain_passes = True
     unused = ("outer_lr", "outer_batch_size")
 
     def training_rows(self, rows: Sequence[Encoded], memory: Sequence[Encoded]) -> list[Encoded]:

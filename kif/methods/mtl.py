@@ -14,6 +14,7 @@ class MTL(SingleAdapterMethod):
     name = "mtl"
     summary = "multi-task learning on the union of all tasks (upper bound, not continual)"
     source = "last paragraph of Baselines, section 4"
+    plain_passes = True
     unused = ("outer_lr", "outer_batch_size", "memory_fraction", "memory_balanced")
 
     def phases(self, tasks: Sequence[Task]) -> list[list[Task]]:

@@ -19,6 +19,7 @@ class RecurrentKIFMethod(Method):
     summary = "inner loop on the new task, outer loop on replay memory, fused through importance masks"
     source = "Recurrent-KIF, section 3 and Algorithm 1"
     section = "kif"
+    plain_passes = True
 
     def __init__(self, lm: LanguageModel, config: RunConfig) -> None:
         super().__init__(lm, config)

@@ -11,4 +11,5 @@ class SeqLoRA(SingleAdapterMethod):
     name = "seqlora"
     summary = "one LoRA adapter trained on task after task; forgets"
     source = "baseline (1) of section 4"
+    plain_passes = True
     unused = ("outer_lr", "outer_batch_size", "memory_fraction", "memory_balanced")

@@ -27,6 +27,7 @@ class TaSL(SingleAdapterMethod):
     summary = "adapter matrices merged with their old values by how much the new and the old tasks need them"
     source = "Feng et al. 2024, LoRA form; baseline of section 4"
     section = "tasl"
+    plain_passes = True
     unused = ("outer_lr", "outer_batch_size", "memory_fraction", "memory_balanced")
 
     def __init__(self, lm: LanguageModel, config: RunConfig) -> None:

@@ -1,0 +1,115 @@
+"""Forward and backward pass as a CUDA graph, recorded once for each shape of batch: one launch instead of thousands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kif.arena import ParameterArena
+from kif.families import Batch, Encoded, LanguageModel
+
+WARM_UP = 3
+"""Passes before recording, in which libraries choose algorithms and allocate; as many as in torch's documentation."""
+
+Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], Any], Tensor]]
+"""Runs a function of no arguments and returns what repeats it from then on, and where its result lies after that."""
+
+
+class CapturedSteps:
+    """Gradients of the mean loss, by forward and backward passes that were recorded.
+
+    Batches come in few shapes (`LanguageModel.fixed_batch`), each of which is recorded when it first occurs and then
+    replayed with other rows; a replay reads the arena's present weights and draws its own dropout. The loss is that of
+    `LanguageModel.loss` up to rounding. What was recorded holds where tensors lie: all of it is recorded anew after the
+    arena has moved, but whatever else of the model is replaced or switched later is not seen.
+
+    Args:
+        lm: model in training mode.
+        arena: its trainable parameters; gradients are added to `arena.grad`.
+        sizes: numbers of rows that batches are filled up to; larger ones keep their own.
+        record: how a pass is recorded. Default: as a CUDA graph (`CudaGraphs`), for a model on a GPU.
+    Raises: ValueError for a model with listeners and, without `record`, for one on another device.
+    """
+
+    def __init__(
+        self, lm: LanguageModel, arena: ParameterArena, sizes: Collection[int], record: Record | None = None
+    ) -> None:
+        if record is None and lm.device.type != "cuda":
+            raise ValueError(f"cuda_graphs needs a GPU, the model is on {lm.device}: leave it out")
+        if lm.listeners:
+            raise ValueError("a model with listeners cannot be recorded: they would not be called again")
+        self.lm, self.arena, self.sizes = lm, arena, sorted(set(sizes))
+        self._record = CudaGraphs(lm.device) if record is None else record
+        self._recorded: dict[tuple[torch.Size, ...], _Recorded] = {}
+        self._place = (0, 0)
+
+    def backward(self, rows: Sequence[Encoded], count: int) -> Tensor:
+        """Add the gradient of (sum of the loss of `rows`) / `count` to the arena; returns that loss, 0-d."""
+        place = self.arena.data.data_ptr(), self.arena.grad.data_ptr()
+        if place != self._place:
+            self._recorded.clear()
+            self._place = place
+        batch = self.lm.fixed_batch(rows, next((size for size in self.sizes if size >= len(rows)), len(rows)))
+        shapes = tuple(tensor.shape for tensor in batch.values())
+        if shapes not in self._recorded:
+            self._recorded[shapes] = self._new(batch)
+        recorded = self._recorded[shapes]
+        for name, tensor in batch.items():
+            recorded.inputs[name].copy_(tensor, non_blocking=True)
+        recorded.count.fill_(count)
+        recorded.replay()
+        return recorded.loss.clone()
+
+    def _new(self, batch: Batch) -> _Recorded:
+        device = self.lm.device
+        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+        count = torch.ones((), device=device)
+
+        def run() -> Tensor:
+            loss = self.lm.fixed_loss(inputs) / count
+            loss.backward()
+            return loss.detach()
+
+        gradient = self.arena.grad.clone()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            replay, loss = self._record(run)
+        self.arena.grad.copy_(gradient)
+        return _Recorded(inputs, count, loss, replay)
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A pass over `inputs` divided by `count`; each replay adds to the gradients and overwrites `loss`."""
+
+    inputs: Batch
+    count: Tensor
+    loss: Tensor
+    replay: Callable[[], Any]
+
+
+class CudaGraphs:
+    """Records functions as CUDA graphs, which share one pool of memory. The results of all must be kept."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pool: Any = None
+
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
+        with torch.cuda.device(self.device):
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(WARM_UP):
+                    run()
+            torch.cuda.current_stream().wait_stream(aside)
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            # other threads, such as NCCL's watchdog, may go on meanwhile
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                result = run()
+        return graph.replay, result

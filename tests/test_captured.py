@@ -1,0 +1,266 @@
+"""Recorded passes: the loss and gradient of launched ones, in few shapes, with nothing that a recording would miss."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import Kind, build_tiny, sentiment_task, topic_task
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kif.arena import ParameterArena
+from kif.captured import CapturedSteps
+from kif.config import RunConfig
+from kif.families import Encoded, LanguageModel, rounded_width
+from kif.low_precision import BF16Adapter
+from kif.methods import METHODS
+from kif.methods import base as methods_base
+from kif.models import load_language_model
+from kif.run import train
+
+KINDS: dict[str, dict[str, Any]] = {
+    "t5": {},
+    "llama": {},
+    "gpt2": {"target_modules": ["c_attn"]},
+    "bert": {},
+    "bert-linear": {"head": "linear", "label_space": "task"},
+}
+TOPICS, SENTIMENT = topic_task(12), sentiment_task()
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny models without dropout of their own."""
+    none = {"dropout_rate": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    none |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    found = {}
+    for kind in get_args(Kind):
+        found[kind] = build_tiny(kind, tmp_path_factory.mktemp(kind))
+        config = json.loads((found[kind] / "config.json").read_text())
+        (found[kind] / "config.json").write_text(json.dumps(config | none))
+    return found
+
+
+def load(kind: str, folders: dict[str, Path], **options: Any) -> tuple[LanguageModel, ParameterArena, list[Encoded]]:
+    """A model whose LoRA B are not zero, its arena, and rows of two tasks."""
+    given = {"device": "cpu", "lora_dropout": 0.0, **KINDS[kind], **options}
+    config = RunConfig(model=str(folders[kind.split("-")[0]]), **given)
+    lm = load_language_model(config, {task.name: task.labels for task in (TOPICS, SENTIMENT)})
+    lm.model.train()
+    arena = ParameterArena.of(lm.model)
+    generator = torch.Generator().manual_seed(1)
+    for name, view in arena.views(arena.data):
+        if "lora_B" in name:
+            view.copy_(torch.randn(view.shape, generator=generator) * 0.02)
+    return lm, arena, [*lm.encode(TOPICS, TOPICS.train), *lm.encode(SENTIMENT, SENTIMENT.train)]
+
+
+def rerun(run: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
+    """A recording that calls the function again; it runs once before, as graphs do."""
+    result = run().clone()
+    return lambda: result.copy_(run()), result
+
+
+def launched(lm: LanguageModel, arena: ParameterArena, rows: list[Encoded]) -> tuple[float, Tensor]:
+    arena.zero_grad()
+    loss, count = lm.loss(lm.collate(rows))
+    (loss / count).backward()
+    return loss.item() / count, arena.grad.clone()
+
+
+@given(st.integers(1, 4096), st.integers(1, 4096))
+def test_widths_are_few_and_little_is_added(width: int, limit: int) -> None:
+    found = rounded_width(width, limit)
+    assert width <= found <= max(width, limit)
+    if width <= limit:
+        assert found == limit or found % 8 == 0
+        assert found - width < max(8, width / 8)
+    assert len({rounded_width(w, 10**6) for w in range(257, 513)}) <= 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [1, 5, 14])
+def test_the_loss_of_few_shapes_is_the_loss(kind: str, count: int, folders: dict[str, Path]) -> None:
+    lm, arena, rows = load(kind, folders)
+    loss, gradient = launched(lm, arena, rows[-count:])
+    arena.zero_grad()
+    batch = lm.fixed_batch(rows[-count:], 14)
+    assert {len(tensor) for tensor in batch.values()} == {14}
+    found = lm.fixed_loss(batch) / lm.label_count(rows[-count:])
+    found.backward()
+    assert found.item() == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close(arena.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_passes_are_those_launched_whatever_the_batch(kind: str, folders: dict[str, Path]) -> None:
+    lm, arena, rows = load(kind, folders)
+    recorded: list[int] = []
+
+    def record(run: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
+        recorded.append(1)
+        return rerun(run)
+
+    captured = CapturedSteps(lm, arena, [4, 2], record)
+    batches = [rows[:4], rows[4:8], rows[8:11], rows[-2:], rows[:1], rows[2:7]]
+    state = torch.random.get_rng_state()
+    for batch in [*batches, *batches]:
+        # fusion and steps change the weights in place between passes
+        arena.data.mul_(1.01)
+        loss, gradient = launched(lm, arena, batch)
+        arena.grad.fill_(0.25)
+        found = captured.backward(batch, lm.label_count(batch))
+        assert found.item() == pytest.approx(loss, rel=1e-5) and not found.requires_grad
+        torch.testing.assert_close(arena.grad - 0.25, gradient, rtol=1e-3, atol=1e-6)
+    assert torch.equal(state, torch.random.get_rng_state())
+    shapes = {
+        tuple(t.shape for t in lm.fixed_batch(batch, max(len(batch), 2 if len(batch) < 3 else 4)).values())
+        for batch in batches
+    }
+    assert len(recorded) == len(shapes)
+
+    # results are the caller's
+    first = captured.backward(batches[0], 1)
+    kept = first.item()
+    captured.backward(batches[1], 1)
+    assert first.item() == kept
+
+    # an arena in another place
+    before, size = len(recorded), arena.data.numel()
+    lm.model.double().float()
+    arena.check()
+    room = torch.empty(size)  # so that no later buffer lies where an earlier one was
+    loss, gradient = launched(lm, arena, batches[0])
+    arena.zero_grad()
+    assert captured.backward(batches[0], lm.label_count(batches[0])).item() == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close(arena.grad, gradient, rtol=1e-3, atol=1e-6)
+    assert len(recorded) == before + 1 and room.numel() == size
+
+
+class NoHost(TorchDispatchMode):
+    """Refuses what a recording cannot hold: reading a value, tensors of the host, sizes that depend on values."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+        assert all(tensor.device.type == "meta" for tensor in tensors), function
+        return result
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_in_a_pass_depends_on_the_host(
+    kind: str, precision: Any, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, _, rows = load(kind, folders, precision=precision, lora_dropout=0.1)
+    batch = {name: tensor.to("meta") for name, tensor in lm.fixed_batch(rows[:3], 4).items()}
+    lm.model.to("meta")
+    if getattr(lm, "label_embeddings", None) is not None:
+        lm.label_embeddings = lm.label_embeddings.to("meta")  # type: ignore[attr-defined]
+    arena = ParameterArena.of(lm.model)
+    if precision == "bf16":
+        BF16Adapter(lm, arena)
+    # transformers asks before it looks at a mask
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with NoHost():
+        lm.fixed_loss(batch).backward()
+    # a value cannot be read there, so this would have been noticed
+    with pytest.raises((RuntimeError, NotImplementedError)), NoHost():
+        batch["attention_mask"].any().item()
+    with pytest.raises(AssertionError), NoHost():
+        torch.ones(1)
+
+
+def run(model: Path, data: Path, output: Path, **options: Any) -> list[list[float]]:
+    """Mean losses of the rounds of a run: on new rows and on memory."""
+    config = RunConfig(
+        model=str(model), data=str(data), tasks=["colours", "sizes"], output=str(output), lr=1e-3,
+        steps_per_task=12, batch_size=5, gradient_accumulation=2, lora_dropout=0.0, limit_eval=2, memory_fraction=0.2,
+        cache_dir=str(output.parent / "cache"), **{"device": "cpu", **options},
+    )  # fmt: skip
+    train(config, progress=False)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [[line["loss"], line["memory_loss"] or 0.0] for line in lines if "loss" in line]
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_method_trains_as_without_or_refuses(
+    name: str, folders: dict[str, Path], written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods_base, "CapturedSteps", partial(CapturedSteps, record=rerun))
+    train_one = partial(run, folders["t5"], written, method=name)
+    if METHODS[name].plain_passes:
+        found, expected = train_one(tmp_path / "recorded", cuda_graphs=True), train_one(tmp_path / "launched")
+        assert len(expected) > 1
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-3, atol=1e-4)
+    else:
+        with pytest.raises(ValueError, match=f"cuda_graphs does not work with {name}, which changes passes"):
+            train_one(tmp_path / "recorded", cuda_graphs=True)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_other_families_train_as_without(
+    kind: str, folders: dict[str, Path], written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods_base, "CapturedSteps", partial(CapturedSteps, record=rerun))
+    train_one = partial(run, folders[kind], written)
+    found, expected = train_one(tmp_path / "recorded", cuda_graphs=True), train_one(tmp_path / "launched")
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-3, atol=1e-4)
+
+
+def test_what_cannot_be_recorded_is_refused(folders: dict[str, Path], written: Path, tmp_path: Path) -> None:
+    for options in ({"quantization": "nf4"}, {"gradient_checkpointing": True}, {"shard_base": True}):
+        name = next(iter(options))
+        with pytest.raises(ValueError, match=f"cuda_graphs does not work with {name}: leave one of them out"):
+            RunConfig(cuda_graphs=True, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="cuda_graphs needs a GPU, the model is on cpu: leave it out"):
+        run(folders["t5"], written, tmp_path / "run", cuda_graphs=True)
+    lm, arena, _ = load("t5", folders)
+    lm.listeners.append(lambda ids, mask: None)
+    with pytest.raises(ValueError, match="listeners"):
+        CapturedSteps(lm, arena, [4], rerun)
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_graphs_on_a_gpu_give_what_launched_passes_give(kind: str, folders: dict[str, Path]) -> None:
+    lm, arena, rows = load(kind, folders, device="cuda")
+    captured = CapturedSteps(lm, arena, [4])
+    for batch in [rows[:4], rows[4:8], rows[8:11], rows[-2:]] * 2:
+        arena.data.mul_(1.01)
+        loss, gradient = launched(lm, arena, batch)
+        arena.zero_grad()
+        found = captured.backward(batch, lm.label_count(batch))
+        assert found.item() == pytest.approx(loss, rel=1e-4)
+        torch.testing.assert_close(arena.grad, gradient, rtol=1e-2, atol=1e-4 * gradient.abs().max().item())
+
+
+@needs_gpu
+def test_replays_on_a_gpu_draw_new_dropout_that_a_seed_fixes(folders: dict[str, Path]) -> None:
+    lm, arena, rows = load("t5", folders, device="cuda", lora_dropout=0.5)
+
+    def three() -> list[float]:
+        captured = CapturedSteps(lm, arena, [4])
+        torch.manual_seed(3)
+        return [captured.backward(rows[:4], 1).item() for _ in range(3)]
+
+    first = three()
+    assert len(set(first)) == 3 and first == three()
+
+
+@needs_gpu
+def test_a_run_on_a_gpu_with_graphs(folders: dict[str, Path], written: Path, tmp_path: Path) -> None:
+    train_one = partial(run, folders["t5"], written, device="cuda")
+    found, expected = train_one(tmp_path / "graphs", cuda_graphs=True), train_one(tmp_path / "launched")
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-2, atol=1e-3)
