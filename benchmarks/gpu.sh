@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in calls of at most 8 minutes and without a network:
 #
-#     benchmarks/gpu.sh OUT [DEVICE] [kernels|steps|compile]
+#     benchmarks/gpu.sh OUT [DEVICE] [kernels|steps|graphs|compile]
 #
 # kernels (the default): correctness of every kernel on the device, the static contract with this machine's triton, microbenchmarks, the
 # regression gate (its self-test, and against a recorded result of the same GPU, torch and triton), and where ncu runs
@@ -12,8 +12,10 @@
 # transformers' Trainer and per-tensor bookkeeping, and the loss trajectory of the last two. Needs transformers and peft,
 # the Trainer accelerate too.
 #
-# compile: the same rounds with the adapter's products in bf16, and with torch.compile too, which takes its time first;
-# gradient checkpointing at 7B.
+# graphs: that recorded passes are the launched ones, on tiny models; then the same rounds with the adapter's products in
+# bf16, with passes replayed as CUDA graphs, with liger-kernel where it is installed, with gradient checkpointing.
+#
+# compile: with torch.compile, which takes its time first, alone and inside the graphs.
 #
 # DEVICE=cpu tries the script itself on a machine without a GPU, with tiny sizes.
 set -uo pipefail
@@ -65,12 +67,26 @@ step() {
 
 if [ "$part" = compile ]; then
   if [ "$device" = cpu ]; then
-    step compile 300 --model tiny-t5 --precision bf16 --length 32 --rounds 2 --contenders kif kif-bf16 kif-compile
+    step compile 300 --model tiny-t5 --precision bf16 --length 32 --rounds 2 --contenders kif kif-bf16 kif-bf16-compile
   else
-    step bf16 90 --model t5-large --precision bf16 --turns 2 --contenders kif kif-bf16
-    step bf16-trajectory 60 --model t5-large --precision bf16 --length 128 --trajectory 200 --contenders kif-bf16
-    step compile 170 --model t5-large --precision bf16 --contenders kif-bf16 kif-compile
-    step llama2-7b-bf16 140 --model llama2-7b --precision bf16 --rounds 2 --contenders kif kif-bf16 kif-checkpointing
+    step compile 260 --model t5-large --precision bf16 --contenders kif-bf16 kif-bf16-compile kif-bf16-compile-graph
+    step llama2-7b-compile 200 --model llama2-7b --precision bf16 --rounds 2 --contenders kif-bf16 kif-bf16-compile-graph
+  fi
+  finish
+fi
+
+if [ "$part" = graphs ]; then
+  if [ "$device" = cpu ]; then
+    stage captured 120 "$python" -m pytest -q tests/test_captured.py -k "few_shapes or gpu"
+    step graphs 120 --model tiny-t5 --precision bf16 --length 32 --rounds 2 --contenders kif kif-bf16
+  else
+    liger=()
+    "$python" -c "import liger_kernel" 2>/dev/null && liger=(kif-bf16-liger kif-bf16-liger-graph)
+    stage captured 60 "$python" -m pytest -q tests/test_captured.py -k gpu
+    step graphs 150 --model t5-large --precision bf16 --turns 2 --contenders trainer kif kif-bf16 kif-bf16-graph
+    step graphs-trajectory 60 --model t5-large --precision bf16 --length 128 --trajectory 200 --contenders kif-bf16-graph
+    step llama2-7b-graphs 200 --model llama2-7b --precision bf16 --rounds 2 \
+      --contenders kif kif-bf16 kif-bf16-graph kif-checkpointing "${liger[@]}"
   fi
   finish
 fi

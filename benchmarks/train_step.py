@@ -4,13 +4,14 @@
     python -m benchmarks.train_step --model tiny-t5 --trajectory 200
 
 Contenders: `trainer`, LoRA replay by transformers' Trainer and PEFT; `per-tensor`, Recurrent-KIF by this package's loop
-with plain PyTorch, one tensor after the other; `kif`, the same with the arena and its fused operations; `kif-bf16`,
-with the adapter's products in bf16 too (`adapter_precision`, for --precision bf16); `kif-compile`, that with the
-model's forward and backward by torch.compile, which the product does not do; `kif-checkpointing`, `kif` with gradient
-checkpointing. All make the same number of optimizer steps on rows of the same length. Weights are random, which does
-not matter for time. Each contender runs in a process of its own, in turn, so that its peak memory is its own. With
---trajectory the losses of `per-tensor` and another contender on the same rows from the same weights are compared
-instead.
+with plain PyTorch, one tensor after the other; `kif`, the same with the arena and its fused operations, and `kif-` with
+parts: `bf16`, the adapter's products in bf16 too (`adapter_precision`, for --precision bf16); `checkpointing`, gradient
+checkpointing; `graph`, forward and backward replayed as a CUDA graph (`cuda_graphs`), which counts as backward;
+`compile`, the model by torch.compile, and `liger`, the model's layers by liger-kernel (Llama-like, installed), neither
+of which the product does. All make the same number of optimizer steps on rows of the same length. Weights are random,
+which does not matter for time. Each contender runs in a process of its own, in turn, so that its peak memory is its
+own. With --trajectory the losses of `per-tensor` and another contender on the same rows from the same weights are
+compared instead.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from benchmarks.baselines import PerTensorKthvalue
 from benchmarks.machine import environment
 from benchmarks.workload import LR, MOMENTS, Problem
 from kif.arena import ParameterArena
+from kif.captured import CapturedSteps
 from kif.config import KIFConfig
 from kif.decoder import DecoderModel
 from kif.engine import RecurrentKIF
@@ -83,7 +85,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 """Shapes of the models of Appendix D, small ones for CPUs, and tiny ones for tests."""
 
 BASELINES = ("trainer", "per-tensor")
-CONTENDERS = (*BASELINES, "kif", "kif-bf16", "kif-compile", "kif-checkpointing")
+CONTENDERS = (
+    *BASELINES, "kif", "kif-checkpointing", "kif-graph", "kif-bf16", "kif-bf16-compile", "kif-bf16-graph",
+    "kif-bf16-compile-graph", "kif-bf16-liger", "kif-bf16-liger-graph",
+)  # fmt: skip
 BOOKKEEPING = ("optimizer", "threshold", "fusion")
 TARGET = 8
 """Tokens of a label."""
@@ -124,14 +129,21 @@ class KIF:
 
     def __init__(self, lm: LanguageModel, config: KIFConfig, watch: Stopwatch, name: str) -> None:
         arena = ParameterArena.of(lm.model)
-        if name == "kif-checkpointing":
+        parts = name.split("-")[1:]
+        if "checkpointing" in parts:
             checkpoint_layers(lm.base)
-        elif name != "kif":
+        if "bf16" in parts:
             if lm.base.dtype != torch.bfloat16:
                 raise ValueError(f"{name} needs --precision bf16")
             BF16Adapter(lm, arena)
-        if name == "kif-compile":
+        if "liger" in parts:
+            from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+            # the loss is taken at label positions only, on logits
+            _apply_liger_kernel_to_instance(model=lm.base, fused_linear_cross_entropy=False)
+        if "compile" in parts:
             lm.base.forward = torch.compile(lm.base.forward)
+        self.captured = CapturedSteps(lm, arena, []) if "graph" in parts else None
         self.engine = RecurrentKIF(arena, config)
         self.engine.stopwatch = watch
 
@@ -154,6 +166,7 @@ class PerTensor:
         for name in MOMENTS:
             self.bookkeeping.flat[name].zero_()
         self.bookkeeping.steps = {"in": 0, "out": 0}
+        self.captured: CapturedSteps | None = None
 
     @torch.no_grad()
     def step(self, side: Any, first: bool, last: bool) -> None:
@@ -178,15 +191,20 @@ def train_round(
     losses = []
     inner, steps = config.inner_steps, config.inner_steps + config.outer_steps
     for i in range(steps):
-        begun = time.perf_counter()
-        batch = lm.collate(next_rows())
-        watch.add("data", time.perf_counter() - begun)
-        with watch.section("forward", lm.device):
-            loss, count = lm.loss(batch)
-            loss = loss / count
-        with watch.section("backward", lm.device):
-            loss.backward()
-        losses.append(loss.detach())
+        if own.captured is not None:
+            rows = next_rows()
+            with watch.section("backward", lm.device):
+                losses.append(own.captured.backward(rows, lm.label_count(rows)))
+        else:
+            begun = time.perf_counter()
+            batch = lm.collate(next_rows())
+            watch.add("data", time.perf_counter() - begun)
+            with watch.section("forward", lm.device):
+                loss, count = lm.loss(batch)
+                loss = loss / count
+            with watch.section("backward", lm.device):
+                loss.backward()
+            losses.append(loss.detach())
         own.step("in" if i < inner else "out", i == 0, i in (inner - 1, steps - 1))
     own.fuse()
     return losses

@@ -9,22 +9,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import rerun
 
 from benchmarks import train_step
+from kif.captured import CapturedSteps
 
 SMALL = ["--length=8", "--batch=2", "--rounds=2", "--inner-steps=2", "--outer-steps=1", "--device=cpu"]
 
 
 @pytest.mark.parametrize("model", ["tiny-t5", "tiny-llama"])
-@pytest.mark.parametrize("name", train_step.CONTENDERS)
+@pytest.mark.parametrize("name", [name for name in train_step.CONTENDERS if "liger" not in name])
 def test_a_contender_is_measured(
     model: str, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if "compile" in name and model == "tiny-t5":
+        pytest.skip("takes long, and is as with the other model")
     # traced, not compiled to machine code, which takes half a minute
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(train_step, "CapturedSteps", partial(CapturedSteps, record=rerun))
     if name == "trainer":
         pytest.importorskip("accelerate")
-    precision = "bf16" if name in ("kif-bf16", "kif-compile") else "fp32"
+    precision = "bf16" if "bf16" in name else "fp32"
     assert train_step.main(["--model", model, *SMALL, "--precision", precision, "--only", name]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(found["round_ms"]) == 2 and min(found["round_ms"]) > 0
@@ -34,7 +39,8 @@ def test_a_contender_is_measured(
     if name == "trainer":
         assert found["parts_ms"] == {} and found["bookkeeping_share"] is None
         return
-    assert set(found["parts_ms"]) == {"data", "forward", "backward", "optimizer", "threshold", "fusion", "other"}
+    parts = {"data", "forward", "backward", "optimizer", "threshold", "fusion", "other"}
+    assert set(found["parts_ms"]) == (parts - {"data", "forward"} if "graph" in name else parts)
     assert sum(found["parts_ms"].values()) == pytest.approx(sum(found["round_ms"]) / 2)
     assert min(found["parts_ms"].values()) >= 0 and 0 < found["bookkeeping_share"] < 100
 
