@@ -92,13 +92,26 @@ class _Recorded:
 
 
 class CudaGraphs:
-    """Records functions as CUDA graphs, which share one pool of memory. The results of all must be kept."""
+    """Records functions as CUDA graphs, which share one pool of memory. The results of all must be kept.
+
+    Raises: RuntimeError for a function that cannot be recorded: it waits for the device or copies from the host.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool: Any = None
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
+        try:
+            return self._capture(run)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the model's passes cannot be recorded as a CUDA graph, leave cuda_graphs out: {error}"
+            ) from error
+
+    def _capture(self, run: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
         with torch.cuda.device(self.device):
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())

@@ -152,12 +152,18 @@ class NoHost(TorchDispatchMode):
         return result
 
 
+def refuse(*_: Any, **__: Any) -> Any:
+    raise AssertionError("a tensor from the host")
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_in_a_pass_depends_on_the_host(
     kind: str, precision: Any, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm, _, rows = load(kind, folders, precision=precision, lora_dropout=0.1)
+    if kind == "t5" and lm.base.config._attn_implementation == "eager":
+        pytest.skip("the T5 of this transformers has no SDPA, and its mask is made with a number from the host")
     batch = {name: tensor.to("meta") for name, tensor in lm.fixed_batch(rows[:3], 4).items()}
     lm.model.to("meta")
     if getattr(lm, "label_embeddings", None) is not None:
@@ -167,6 +173,9 @@ def test_nothing_in_a_pass_depends_on_the_host(
         BF16Adapter(lm, arena)
     # transformers asks before it looks at a mask
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    # these copy from the host, which a mode is not told
+    for name in ("tensor", "as_tensor", "from_numpy"):
+        monkeypatch.setattr(torch, name, refuse)
     try:
         with NoHost():
             lm.fixed_loss(batch).backward()
