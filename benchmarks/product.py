@@ -59,7 +59,9 @@ class Reference(Contender):
 
     def training_step(self, side: Side, reset: bool, last: bool) -> None:
         s = self.scalars[side]
-        self.ops.gradient_state_(self.flat["grad"], s["scale"], s["skip"], s["step"], s["skipped"], MAX_NORM, None)
+        self.ops.gradient_state_(
+            self.flat["grad"], s["scale"], s["skip"], s["step"], s["skipped"], MAX_NORM, None, None
+        )
         self._step(side, reset, last, clip=True)
 
     def _step(self, side: Side, reset: bool, last: bool, clip: bool) -> None:

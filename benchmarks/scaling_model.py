@@ -85,9 +85,8 @@ def arena_bytes(sizes: Iterable[int], config: KIFConfig) -> int:
 
 
 def shard_bytes(numel: int, ranks: int, config: KIFConfig) -> int:
-    """Arena of one of R equal shards, and 12 B an element for a moment: the sharded norm sums squares that are written
-    in float32 and again in float64."""
-    return (4 * buffers(config) + 12) * -(-numel // ranks)
+    """Arena of one of R equal shards."""
+    return 4 * buffers(config) * -(-numel // ranks)
 
 
 def workspace_bytes(groups: int = 1) -> int:
@@ -136,8 +135,7 @@ def activation_bytes(
 def round_bytes(config: KIFConfig, sharded: bool = False) -> dict[str, int]:
     """Bytes an element that the passes of a round read and write, by part; by the formulas of the static contract.
 
-    Norm: 4 a step; sharded 28, since squares are written and read twice. Thresholds: two passes a side where exact and
-    in their window, none where approximate; sharded four.
+    Norm: 4 a step. Thresholds: two passes a side where exact and in their window, none where approximate; sharded four.
     Raises: ValueError for switches whose passes are not modelled.
     """
     refused = ("tensor", "gradient", "frozen", "interpolated", "global-merge", "adaptive")
@@ -150,7 +148,7 @@ def round_bytes(config: KIFConfig, sharded: bool = False) -> dict[str, int]:
     passes = len(SHARDED_SHIFTS) if sharded else 2 * (config.threshold == "kth_largest")
     score, fused = scores_bytes(uncertainty=both), fuse_bytes(uncertainty=both, write_start=False)
     return {
-        "norm": (28 if sharded else 4) * len(steps),
+        "norm": 4 * len(steps),
         "steps": sum(step.load + step.store for step in steps) + first_and_last,
         "thresholds": 2 * passes * score.load,
         "fusion": fused.load + fused.store,
@@ -168,7 +166,7 @@ def cached_bytes(config: KIFConfig) -> int:
 def launches(config: KIFConfig, sharded: bool = False) -> int:
     """Kernels and operations of a round of the switches that `round_bytes` knows, collectives aside."""
     steps = config.inner_steps + config.outer_steps
-    return 7 * steps + 185 if sharded else 3 * steps + 6
+    return 9 * steps + 185 if sharded else 3 * steps + 6
 
 
 def step_flops(model: Decoder, rows: int, length: int, targets: int, rank: int = 0, checkpointed: bool = False) -> int:

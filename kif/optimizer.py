@@ -145,7 +145,9 @@ class ArenaAdamW:
 
     def _norm(self, shards: dist.ProcessGroup) -> Tensor:
         """The gradient's norm over all shards, float32, 0-d."""
-        squares = self.arena.grad.square().sum(dtype=torch.float64)
+        norm, *unused = (torch.empty_like(scalar) for scalar in (self._scale, self._steps, self.skipped))
+        gradient_state_(self.arena.grad, self._scale, self._skip, *unused, max_norm=0.0, norm=norm)
+        squares = norm.double().square()
         dist.all_reduce(squares, group=shards)
         return squares.sqrt().float()
 

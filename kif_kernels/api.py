@@ -32,10 +32,11 @@ def gradient_state_(
     *,
     max_norm: float,
     inv_scale: Tensor | None = None,
+    norm: Tensor | None = None,
 ) -> None:
     """What a step needs to know of the whole gradient, without a host sync: clipping factor and non-finite flag.
 
-    norm = inv_scale * ||grad||_2;  scale <- min(1, max_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_
+    norm <- inv_scale * ||grad||_2;  scale <- min(1, max_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_
     skip <- norm is not finite (one that overflows float32 counts as that);  step += not skip;  skipped += skip
 
     Args:
@@ -46,16 +47,18 @@ def gradient_state_(
         skipped: 0-d int64 count of steps skipped.
         max_norm: largest norm that is not clipped; 0 turns clipping off.
         inv_scale: 0-d float32, the reciprocal of a loss scale (GradScaler).
+        norm: 0-d float32, overwritten; default: it is not kept.
 
     Raises: ValueError for a scalar that is not one, or elsewhere, or of another dtype.
     """
     check_dtype({"grad": grad}, VALUE_DTYPES)
-    check_scalars(grad.device, {"scale": scale, "skip": skip, "step": step, "skipped": skipped, "inv_scale": inv_scale})
-    check_dtype({"scale": scale, "inv_scale": inv_scale}, (torch.float32,))
+    reals = {"scale": scale, "inv_scale": inv_scale, "norm": norm}
+    check_scalars(grad.device, {**reals, "skip": skip, "step": step, "skipped": skipped})
+    check_dtype(reals, (torch.float32,))
     check_dtype({"skip": skip}, (torch.bool,))
     check_dtype({"step": step}, (torch.float64,))
     check_dtype({"skipped": skipped}, (torch.int64,))
-    ops.gradient_state_(grad, scale, skip, step, skipped, max_norm, inv_scale)
+    ops.gradient_state_(grad, scale, skip, step, skipped, max_norm, inv_scale, norm)
 
 
 def importance_ema_(

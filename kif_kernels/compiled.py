@@ -27,11 +27,18 @@ __all__ = ["adamw_importance_", "fuse_", "gradient_state_", "histogram_", "impor
 
 
 def gradient_state_(
-    grad: Tensor, scale: Tensor, skip: Tensor, step: Tensor, skipped: Tensor, max_norm: float, inv_scale: Tensor | None
+    grad: Tensor,
+    scale: Tensor,
+    skip: Tensor,
+    step: Tensor,
+    skipped: Tensor,
+    max_norm: float,
+    inv_scale: Tensor | None,
+    norm: Tensor | None,
 ) -> None:
     """As in the reference, and not compiled."""
     module = eager if grad.device.type == "cpu" else reference
-    module.gradient_state_(grad, scale, skip, step, skipped, max_norm, inv_scale)
+    module.gradient_state_(grad, scale, skip, step, skipped, max_norm, inv_scale, norm)
 
 
 def importance_ema_(

@@ -26,22 +26,31 @@ CHUNK = 131072
 
 
 def gradient_state_(
-    grad: Tensor, scale: Tensor, skip: Tensor, step: Tensor, skipped: Tensor, max_norm: float, inv_scale: Tensor | None
+    grad: Tensor,
+    scale: Tensor,
+    skip: Tensor,
+    step: Tensor,
+    skipped: Tensor,
+    max_norm: float,
+    inv_scale: Tensor | None,
+    norm: Tensor | None,
 ) -> None:
     """Clipping factor and non-finite flag; as in the reference."""
     if not _fast(grad):
-        reference.gradient_state_(grad, scale, skip, step, skipped, max_norm, inv_scale)
+        reference.gradient_state_(grad, scale, skip, step, skipped, max_norm, inv_scale, norm)
         return
     total = 0.0
     for (squares,), (g,) in _chunks(1, grad):
         part = float(torch.mul(g, g, out=squares).sum())
         # a sum may overflow where no square does
         total += part if math.isfinite(part) else float(squares.sum(dtype=torch.float64))
-    norm = torch.tensor(math.sqrt(total), dtype=torch.float32)
+    found = torch.tensor(math.sqrt(total), dtype=torch.float32)
     if inv_scale is not None:
-        norm = norm * inv_scale.reshape(())
-    finite = math.isfinite(norm)
-    scale.copy_((max_norm / (norm + 1e-6)).clamp(max=1.0) if finite and max_norm > 0 else torch.ones(()))
+        found = found * inv_scale.reshape(())
+    if norm is not None:
+        norm.copy_(found)
+    finite = math.isfinite(found)
+    scale.copy_((max_norm / (found + 1e-6)).clamp(max=1.0) if finite and max_norm > 0 else torch.ones(()))
     skip.fill_(not finite)
     step += finite
     skipped += not finite

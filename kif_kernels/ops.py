@@ -15,7 +15,7 @@ from .backend import implementation
 
 SCHEMAS = {
     "gradient_state_": "(Tensor grad, Tensor(a!) scale, Tensor(b!) skip, Tensor(c!) step, Tensor(d!) skipped, "
-    "float max_norm, Tensor? inv_scale) -> ()",
+    "float max_norm, Tensor? inv_scale, Tensor(e!)? norm) -> ()",
     "importance_ema_": "(Tensor(a!) importance, Tensor weight, Tensor grad, float decay, bool reset, "
     "Tensor(b!)? uncertainty, float uncertainty_decay, Tensor? skip, Tensor(c!)? histogram, Tensor? window) -> ()",
     "adamw_importance_": "(Tensor(a!) weight, Tensor(b!) grad, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, "

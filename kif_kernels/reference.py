@@ -34,15 +34,18 @@ def gradient_state_(
     skipped: Tensor,
     max_norm: float,
     inv_scale: Tensor | None,
+    norm: Tensor | None,
 ) -> None:
-    """norm = |inv_scale * g|; scale <- min(1, max_norm / (norm + 1e-6)), 1 when max_norm is 0 or the norm is
+    """norm <- |inv_scale * g|; scale <- min(1, max_norm / (norm + 1e-6)), 1 when max_norm is 0 or the norm is
     not finite; skip <- norm not finite; step += not skip; skipped += skip."""
     # float32 sums of millions of squares are off in the fourth digit on a CPU
-    norm = grad.float().square().sum(dtype=torch.float64).sqrt().float()
+    found = grad.float().square().sum(dtype=torch.float64).sqrt().float()
     if inv_scale is not None:
-        norm = norm * inv_scale
-    finite = norm.isfinite()
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
+        found = found * inv_scale
+    if norm is not None:
+        norm.copy_(found)
+    finite = found.isfinite()
+    factor = (max_norm / (found + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(found)
     scale.copy_(torch.where(finite, factor, 1.0))
     skip.copy_(~finite)
     step += finite.to(step.dtype)

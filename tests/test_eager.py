@@ -137,11 +137,13 @@ def test_gradient_state(
     inverse = None if inv_scale is None else torch.tensor(inv_scale)
     arguments = [
         grad, torch.tensor(NAN), torch.tensor(False), torch.tensor(3.0, dtype=torch.float64), torch.tensor(4),
-        max_norm, inverse,
+        max_norm, inverse, torch.tensor(NAN),
     ]  # fmt: skip
     expected, result = (outcome(module, "gradient_state_", arguments, kinds.layout) for module in (reference, eager))
     # sums in another order
-    torch.testing.assert_close(result[1], expected[1], rtol=2 * torch.finfo(torch.float32).eps, atol=0.0)
+    for i in (1, -1):
+        close = {"rtol": 2 * torch.finfo(torch.float32).eps, "atol": 0.0}
+        torch.testing.assert_close(result[i], expected[i], equal_nan=True, **close)
     assert [int(x) for x in result[2:5]] == [int(x) for x in expected[2:5]]
 
 

@@ -43,8 +43,11 @@ def calls() -> dict[str, list[tuple[Any, ...]]]:
     moments = make(), make.scores()
     return {
         "gradient_state_": [
-            (make(), one.clone(), no.clone(), step.clone(), count.clone(), 1.0, None),
-            (make(FP16).view(8, 12), one.clone(), yes.clone(), step.clone(), count.clone(), 0.0, torch.tensor(0.5)),
+            (make(), one.clone(), no.clone(), step.clone(), count.clone(), 1.0, None, None),
+            (
+                make(FP16).view(8, 12), one.clone(), yes.clone(), step.clone(), count.clone(), 0.0, torch.tensor(0.5),
+                one.clone(),
+            ),
         ],
         "importance_ema_": [
             (make.scores(), make(), make(), 0.5, False, None, 0.0, None, None, None),

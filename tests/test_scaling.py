@@ -226,16 +226,17 @@ def test_launches_and_sums_of_shards(m: int, group: Any) -> None:
     assert model.summed_bytes(100, config) == 400 * (2 + m)
 
 
-def test_a_shard_holds_its_part_and_the_squares_of_its_gradient(group: Any) -> None:
-    config, numel = KIFConfig(inner_steps=2), 32 * 1000
+def test_a_shard_holds_its_part(group: Any) -> None:
+    config, numel = KIFConfig(inner_steps=2), 32 * 20_000
     engine = new_engine(config, [(numel,)], group)
     train_round(engine)
     engine.arena.grad.normal_()
     extra = scaling.allocated_peak(lambda: engine.inner_step(1e-3))
-    held = model.arena_bytes([numel], config)
-    assert model.shard_bytes(numel, 1, config) - held == 12 * numel <= extra < 12 * numel + 10_000
+    # the CPU's operations work in chunks, and allocate less than one more buffer
+    assert extra < 4 * numel
+    assert model.shard_bytes(numel, 1, config) == model.arena_bytes([numel], config)
     assert model.shard_bytes(8 * numel, 8, config) == model.shard_bytes(numel, 1, config)
-    assert model.shard_bytes(numel + 1, 2, config) == 52 * (numel // 2 + 1)
+    assert model.shard_bytes(numel + 1, 2, config) == 40 * (numel // 2 + 1)
 
 
 def test_bytes_in_the_cache_are_those_of_the_operations() -> None:
@@ -307,8 +308,8 @@ def test_times_add_up() -> None:
     parts = [18 * 1e-5, 5 * 7 * 1e-6, 1000 * memory / 1e9, 2 * 1000 * 5e-9, 1000 * (all_bytes - memory) / 4e9]
     assert model.bookkeeping_seconds(1000, 7, config, slow) == pytest.approx(sum(parts))
     fast = Rates(1e12, 1e12, 5e-6)
-    sharded = 4 * (28 + 40) - 4 + 8 + 32 + 24
-    expected = (7 * 4 + 185) * 5e-6 + 1000 * sharded / 1e12
+    sharded = 4 * 44 - 4 + 8 + 32 + 24
+    expected = (9 * 4 + 185) * 5e-6 + 1000 * sharded / 1e12
     assert model.bookkeeping_seconds(1000, 7, config, fast, sharded=True) == pytest.approx(expected)
     passes = model.step_flops(SMALL, *STEP) / 1e9 + model.step_traffic(SMALL, TOKENS) / 1e9 + 1e-3 + 2 * 2e-3
     assert model.compute_seconds(SMALL, *STEP, slow) == pytest.approx(passes)

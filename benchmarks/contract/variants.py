@@ -121,14 +121,19 @@ def adamw(
 
 
 def gradient(
-    name: str, grad: torch.dtype = FP32, max_norm: float = 1.0, scaled: bool = False, numel: int | None = None
+    name: str,
+    grad: torch.dtype = FP32,
+    max_norm: float = 1.0,
+    scaled: bool = False,
+    kept: bool = False,
+    numel: int | None = None,
 ) -> Variant:
-    """`gradient_state_`."""
+    """`gradient_state_`; `kept`: with the norm."""
 
     def call() -> None:
         scalars = _scalar(), _scalar(torch.bool), _scalar(torch.float64), _scalar(torch.int64)
-        inv_scale = _scalar() if scaled else None
-        kif_kernels.gradient_state_(_buffer(grad), *scalars, max_norm=max_norm, inv_scale=inv_scale)
+        inv_scale, norm = (_scalar() if wanted else None for wanted in (scaled, kept))
+        kif_kernels.gradient_state_(_buffer(grad), *scalars, max_norm=max_norm, inv_scale=inv_scale, norm=norm)
 
     return Variant(name, call, {"square_sum_kernel": Bytes(grad.itemsize, 0)}, numel)
 
@@ -233,6 +238,7 @@ VARIANTS = (
     gradient("gradient, bf16", BF16),
     gradient("gradient, fp16", FP16, scaled=True),
     gradient("gradient, no clipping", max_norm=0.0),
+    gradient("gradient, norm kept", kept=True),
     gradient("gradient, 2^31 elements", numel=HUGE),
     thresholds("thresholds"),
     thresholds("thresholds in bf16", BF16, levels=(0, 1)),

@@ -35,6 +35,7 @@ def gradient_state_kernel(
     step_ptr,
     skipped_ptr,
     inv_scale_ptr,
+    norm_ptr,
     max_norm,
     partials,
     CLIP: tl.constexpr,
@@ -47,6 +48,8 @@ def gradient_state_kernel(
     norm = tl.sqrt(tl.sum(total, 0)).to(tl.float32)
     if inv_scale_ptr is not None:
         norm *= tl.load(inv_scale_ptr)
+    if norm_ptr is not None:
+        tl.store(norm_ptr, norm)
     # false for nan too
     finite = tl.abs(norm) < float("inf")
     if CLIP:
@@ -67,10 +70,11 @@ def gradient_state_(
     skipped: Tensor,
     max_norm: float,
     inv_scale: Tensor | None,
+    norm: Tensor | None,
 ) -> None:
     """Two launches; arguments as `reference.gradient_state_`. A strided gradient takes the definition."""
     if not contiguous(grad):
-        reference.gradient_state_(grad, scale, skip, step, skipped, max_norm, inv_scale)
+        reference.gradient_state_(grad, scale, skip, step, skipped, max_norm, inv_scale, norm)
         return
     n = grad.numel()
     programs = max(1, -(-n // (BLOCKS_PER_PROGRAM * BLOCK)))
@@ -85,6 +89,7 @@ def gradient_state_(
         step,
         skipped,
         inv_scale,
+        norm,
         max_norm,
         programs,
         CLIP=max_norm > 0,

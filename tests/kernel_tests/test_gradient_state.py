@@ -45,15 +45,16 @@ class State:
         assert not self.skip[0] and not self.skip[2]
 
 
-def run(device: torch.device, grad: Tensor, max_norm: float, inv_scale: float | None) -> tuple[float, bool]:
-    """(scale, skip) of the kernels, found equal to the definition in what is not rounded."""
+def run(device: torch.device, grad: Tensor, max_norm: float, inv_scale: float | None) -> tuple[float, bool, float]:
+    """(scale, skip, norm) of the kernels, found equal to the definition in what is not rounded."""
     buffers = Buffers(device)
+    norm = buffers.poison(1).view(())
     ours, theirs, g = State(device), State(device), buffers.copy(grad)
     inv = None if inv_scale is None else torch.tensor(inv_scale, device=device)
     with launch.count_launches() as launches:
-        kk.gradient_state_(g, *ours.scalars, max_norm=max_norm, inv_scale=inv)
+        kk.gradient_state_(g, *ours.scalars, max_norm=max_norm, inv_scale=inv, norm=norm)
     assert launches == {"square_sum_kernel": 1, "gradient_state_kernel": 1}
-    reference.gradient_state_(g, *theirs.scalars, max_norm, inv)
+    reference.gradient_state_(g, *theirs.scalars, max_norm, inv, None)
     for state in (ours, theirs):
         state.check()
     buffers.check()
@@ -62,14 +63,18 @@ def run(device: torch.device, grad: Tensor, max_norm: float, inv_scale: float | 
         assert_same(actual, expected, name)
     taken = not bool(ours.skip[1])
     assert float(ours.step) == 7.0 + taken and int(ours.skipped) == 3 + (not taken)
-    return float(ours.scale), not taken
+    assert taken == math.isfinite(float(norm))
+    return float(ours.scale), not taken, float(norm)
 
 
 def check(device: torch.device, grad: Tensor, max_norm: float, inv_scale: float | None) -> None:
-    scale, skipped = run(device, grad, max_norm, inv_scale)
+    scale, skipped, found = run(device, grad, max_norm, inv_scale)
     factor = 1.0 if inv_scale is None else float(torch.tensor(inv_scale))
     norm = float(grad.double().norm()) * factor
     assert skipped == (not math.isfinite(norm))
+    if not skipped:
+        # squares, or their sums, may underflow
+        assert abs(found - norm) <= SLACK * HALF_ULP * norm + 2.0**-64 * factor * len(grad)
     if skipped or max_norm == 0.0:
         assert scale == 1.0
         return
@@ -97,7 +102,7 @@ def test_one_bad_element_anywhere(
 ) -> None:  # fmt: skip
     grad = values(kind, n, seed)
     grad[at % n] = bad
-    assert run(device, grad, max_norm, inv_scale) == (1.0, True)
+    assert run(device, grad, max_norm, inv_scale)[:2] == (1.0, True)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-40, -3.0, 1e18])
@@ -108,18 +113,18 @@ def test_one_element(device: torch.device, value: float) -> None:
 @pytest.mark.parametrize("max_norm", [0.0, 1.0])
 @pytest.mark.parametrize("n", [1, CHUNK + 1])
 def test_a_norm_that_overflows_is_skipped(device: torch.device, n: int, max_norm: float) -> None:
-    assert run(device, torch.full((n,), 1e20), max_norm, None) == (1.0, True)
+    assert run(device, torch.full((n,), 1e20), max_norm, None) == (1.0, True, math.inf)
     # before it is scaled back
-    assert run(device, torch.full((n,), 1e20), max_norm, 1e-10) == (1.0, True)
+    assert run(device, torch.full((n,), 1e20), max_norm, 1e-10)[:2] == (1.0, True)
     # and after
-    assert run(device, torch.full((n,), 1e15), max_norm, 1e30) == (1.0, True)
-    scale, skipped = run(device, torch.full((n,), 1e15), max_norm, 1e10)
+    assert run(device, torch.full((n,), 1e15), max_norm, 1e30)[:2] == (1.0, True)
+    scale, skipped, _ = run(device, torch.full((n,), 1e15), max_norm, 1e10)
     assert not skipped and scale == (1.0 if max_norm == 0.0 else pytest.approx(1e-25 / n**0.5, rel=1e-5))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
 def test_a_loss_scale_that_is_no_number(device: torch.device, bad: float) -> None:
-    scale, skipped = run(device, torch.full((100,), 2.0), 1.0, bad)
+    scale, skipped, _ = run(device, torch.full((100,), 2.0), 1.0, bad)
     assert (scale, skipped) == (1.0, bad != 0.0)
 
 
@@ -154,7 +159,7 @@ def test_a_strided_gradient_takes_the_definition(device: torch.device) -> None:
     ours, theirs = State(device), State(device)
     with launch.count_launches() as launches:
         kk.gradient_state_(base[:, 0], *ours.scalars, max_norm=1.0)
-    reference.gradient_state_(base[:, 0], *theirs.scalars, 1.0, None)
+    reference.gradient_state_(base[:, 0], *theirs.scalars, 1.0, None, None)
     assert not launches and not ours.skip[1]
     for actual, expected in zip(ours.scalars, theirs.scalars, strict=True):
         assert_same(actual, expected, "scalar")
@@ -180,5 +185,6 @@ def test_what_does_not_fit_is_refused(device: torch.device) -> None:
     }.items():
         with pytest.raises(ValueError, match=name):
             kk.gradient_state_(grad, *scalars, max_norm=1.0)
-    with pytest.raises(ValueError, match="inv_scale"):
-        kk.gradient_state_(grad, *state.scalars, max_norm=1.0, inv_scale=step)
+    for name in ("inv_scale", "norm"):
+        with pytest.raises(ValueError, match=name):
+            kk.gradient_state_(grad, *state.scalars, max_norm=1.0, **{name: step})
