@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in calls of at most 8 minutes and without a network:
 #
-#     benchmarks/gpu.sh OUT [DEVICE] [kernels|steps|graphs|compile]
+#     benchmarks/gpu.sh OUT [DEVICE] [kernels|steps|graphs|compile|shapes]
 #
 # kernels (the default): correctness of every kernel on the device, the static contract with this machine's triton, microbenchmarks, the
 # regression gate (its self-test, and against a recorded result of the same GPU, torch and triton), and where ncu runs
@@ -16,6 +16,8 @@
 # bf16, with passes replayed as CUDA graphs, with liger-kernel where it is installed, with gradient checkpointing.
 #
 # compile: with torch.compile, which takes its time first, alone and inside the graphs.
+#
+# shapes: FLAN-T5-XL, and LLaMA-2 13B with 4 rows. Everywhere dropout is that of Appendix D but for the trajectories.
 #
 # DEVICE=cpu tries the script itself on a machine without a GPU, with tiny sizes.
 set -uo pipefail
@@ -65,12 +67,24 @@ step() {
   lines=8 stage "steps-$1" "$2" "$python" -m benchmarks.train_step --device "$device" --json "$out/steps-$1.json" "${@:3}"
 }
 
+real=(--precision bf16 --dropout)
+
 if [ "$part" = compile ]; then
   if [ "$device" = cpu ]; then
     step compile 300 --model tiny-t5 --precision bf16 --length 32 --rounds 2 --contenders kif kif-bf16 kif-bf16-compile
   else
-    step compile 260 --model t5-large --precision bf16 --contenders kif-bf16 kif-bf16-compile kif-bf16-compile-graph
-    step llama2-7b-compile 200 --model llama2-7b --precision bf16 --rounds 2 --contenders kif-bf16 kif-bf16-compile-graph
+    step compile 260 --model t5-large "${real[@]}" --contenders kif-bf16 kif-bf16-compile kif-bf16-compile-graph
+    step llama2-7b-compile 200 --model llama2-7b "${real[@]}" --rounds 2 --contenders kif-bf16 kif-bf16-compile-graph
+  fi
+  finish
+fi
+
+if [ "$part" = shapes ]; then
+  if [ "$device" = cpu ]; then
+    step shapes 120 --model tiny-llama "${real[@]}" --outer-steps 1 --length 32 --rounds 2 --contenders trainer kif-bf16
+  else
+    step flan-t5-xl 200 --model flan-t5-xl "${real[@]}" --contenders trainer kif-bf16 kif-bf16-graph
+    step llama2-13b 250 --model llama2-13b "${real[@]}" --batch 4 --rounds 2 --contenders trainer kif-bf16 kif-bf16-graph
   fi
   finish
 fi
@@ -83,10 +97,10 @@ if [ "$part" = graphs ]; then
     liger=()
     "$python" -c "import liger_kernel" 2>/dev/null && liger=(kif-bf16-liger kif-bf16-liger-graph)
     stage captured 60 "$python" -m pytest -q tests/test_captured.py -k gpu
-    step graphs 150 --model t5-large --precision bf16 --turns 2 --contenders trainer kif kif-bf16 kif-bf16-graph
+    step graphs 150 --model t5-large "${real[@]}" --turns 2 --contenders trainer kif kif-bf16 kif-bf16-graph
     step graphs-trajectory 60 --model t5-large --precision bf16 --length 128 --trajectory 200 --contenders kif-bf16-graph
-    step llama2-7b-graphs 200 --model llama2-7b --precision bf16 --rounds 2 \
-      --contenders kif kif-bf16 kif-bf16-graph kif-checkpointing "${liger[@]}"
+    step llama2-7b-graphs 200 --model llama2-7b "${real[@]}" --rounds 2 --contenders \
+      kif kif-bf16 kif-bf16-graph kif-checkpointing "${liger[@]}"
   fi
   finish
 fi
@@ -96,10 +110,10 @@ if [ "$part" = steps ]; then
     step tiny-t5 60 --model tiny-t5 --length 32 --rounds 2
     step trajectory 60 --model tiny-t5 --length 16 --batch 2 --trajectory 48
   else
-    step t5-large 150 --model t5-large --precision bf16 --turns 2
-    step t5-large-m1 90 --model t5-large --precision bf16 --outer-steps 1 --contenders per-tensor kif
+    step t5-large 150 --model t5-large "${real[@]}" --turns 2
+    step t5-large-m1 90 --model t5-large "${real[@]}" --outer-steps 1 --contenders per-tensor kif
     step trajectory 90 --model t5-large --precision fp32 --length 128 --trajectory 200
-    step llama2-7b 140 --model llama2-7b --precision bf16 --rounds 2
+    step llama2-7b 140 --model llama2-7b "${real[@]}" --rounds 2
   fi
   finish
 fi

@@ -94,8 +94,11 @@ TARGET = 8
 """Tokens of a label."""
 
 
-def build(name: str, device: torch.device, dtype: torch.dtype) -> LanguageModel:
-    """The model with random weights and LoRA (r=8 on query and value, no dropout), the adapter in fp32."""
+def build(name: str, device: torch.device, dtype: torch.dtype, dropout: bool = False) -> LanguageModel:
+    """The model with random weights and LoRA (r=8 on query and value), the adapter in fp32.
+
+    `dropout`: that of Appendix D on the adapter, and T5's own; else none.
+    """
     import transformers
     from peft import LoraConfig, get_peft_model
 
@@ -103,14 +106,16 @@ def build(name: str, device: torch.device, dtype: torch.dtype) -> LanguageModel:
     torch.manual_seed(0)
     with torch.device(device):
         if kind == "t5":
-            config: Any = transformers.T5Config(**values, dropout_rate=0.0)
+            config: Any = transformers.T5Config(**values, dropout_rate=0.1 if dropout else 0.0)
             base: Any = transformers.T5ForConditionalGeneration._from_config(config, dtype=dtype)
         else:
             config = transformers.LlamaConfig(**values)
             base = transformers.LlamaForCausalLM._from_config(config, dtype=dtype)
         task = "SEQ_2_SEQ_LM" if kind == "t5" else "CAUSAL_LM"
         targets = ["q", "v"] if kind == "t5" else ["q_proj", "v_proj"]
-        model = get_peft_model(base, LoraConfig(task_type=task, r=8, lora_alpha=32, target_modules=targets))
+        share = 0.05 if dropout else 0.0
+        lora = LoraConfig(task_type=task, r=8, lora_alpha=32, lora_dropout=share, target_modules=targets)
+        model = get_peft_model(base, lora)
     family = EncoderDecoderModel if kind == "t5" else DecoderModel
     tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=1)
     model.train()
@@ -213,7 +218,8 @@ def train_round(
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """One contender: milliseconds of each round, tokens in a second, its parts, peak memory in bytes."""
     device = torch.device(options.device)
-    lm = build(options.model, device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    lm = build(options.model, device, dtype, options.dropout)
     config = KIFConfig(inner_steps=options.inner_steps, outer_steps=options.outer_steps)
     steps = config.inner_steps + config.outer_steps
     parts: dict[str, float] = {}
@@ -350,10 +356,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--turns", type=int, default=1, help="how often the contenders take turns")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the base model")
+    parser.add_argument("--dropout", action="store_true", help="of Appendix D (LoRA, 0.05) and T5 (0.1)")
     parser.add_argument("--trajectory", type=int, metavar="STEPS", help="compare losses over so many steps instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
     parser.add_argument("--only", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.dropout and options.trajectory:
+        parser.error("losses are compared without --dropout, whose draws would differ")
     if options.only:
         print(json.dumps(measure(options)))
         return 0

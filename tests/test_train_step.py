@@ -74,6 +74,17 @@ def test_contenders_take_turns_in_processes(tmp_path: Path, capsys: pytest.Captu
     assert "kif" in capsys.readouterr().out
 
 
+def test_dropout_is_that_of_the_paper() -> None:
+    found = {}
+    for dropout in (False, True):
+        lm = train_step.build("tiny-t5", torch.device("cpu"), torch.float32, dropout)
+        found[dropout] = {m.p for name, m in lm.model.named_modules() if isinstance(m, torch.nn.Dropout)}
+    # without, the adapter has no such layer
+    assert found == {False: {0.0}, True: {0.05, 0.1}}
+    with pytest.raises(SystemExit):
+        train_step.main([*SMALL, "--dropout", "--trajectory", "4"])
+
+
 def test_a_failing_contender_is_named() -> None:
     with pytest.raises(RuntimeError, match="kif failed"):
         train_step.main([*SMALL, "--contenders", "kif", "--batch", "0"])
