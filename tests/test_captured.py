@@ -227,6 +227,18 @@ def test_other_families_train_as_without(
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_full_micro_batches_are_not_filled_up(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods_base, "world", lambda: (0, processes))
+    for batch_size, outer, accumulation in ((8, None, 1), (5, 12, 2), (1, 3, 4)):
+        config = RunConfig(batch_size=batch_size, outer_batch_size=outer, gradient_accumulation=accumulation)
+        expected = []
+        for size in (batch_size, outer or batch_size):
+            first = range(size)[::processes]
+            expected.append(len(first[::accumulation]))
+        assert methods_base._batch_sizes(config) == expected
+
+
 def test_what_cannot_be_recorded_is_refused(folders: dict[str, Path], written: Path, tmp_path: Path) -> None:
     for options in ({"quantization": "nf4"}, {"gradient_checkpointing": True}, {"shard_base": True}):
         name = next(iter(options))
