@@ -98,10 +98,15 @@ def evaluate(argv: Sequence[str]) -> int:
     changes["data"] = options.data or _moved_data(options.run)
     changes = {name: value for name, value in changes.items() if value is not None}
 
+    from kif.configfile import load_config
+    from kif.distributed import process_group, world
     from kif.report import scores_table
     from kif.run import evaluate_run
 
-    found = evaluate_run(options.run, adapter=options.adapter, checkpoint=options.checkpoint, **changes)
+    with process_group(options.device or load_config(options.run / "config.yaml").device):
+        found = evaluate_run(options.run, adapter=options.adapter, checkpoint=options.checkpoint, **changes)
+        if world()[0] > 0:
+            return 0
     print(scores_table(found["tasks"], found["scores"], title=f"{found['adapter']}, {found['seconds']:.0f} s"))
     return 0
 

@@ -214,6 +214,9 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Score a saved adapter of a finished run on the tasks of its configuration.
 
+    Within `kif.distributed.process_group` the processes share the rows, and with `shard_base` the base model, and each
+    returns the whole result.
+
     Args:
         run: run folder.
         adapter: adapter folder; default: the run's final one.
@@ -234,7 +237,10 @@ def evaluate_run(
     # a continued run was trained on tasks that its configuration does not name
     tasks = known_tasks(config, stored.read_tasks(run)[0]) if config.continue_from else prepare_tasks(config)
     folder = adapter or adapter_folder(run, [task.name for task in tasks], checkpoint)
-    lm = load_language_model(config, {task.name: task.labels for task in tasks}, adapter=folder)
+    rank, size = world()
+    config = replace(config, device=local_device(config.device))
+    labels = {task.name: task.labels for task in tasks}
+    lm = load_language_model(config, labels, adapter=folder, shard=config.shard_base and size > 1)
     METHODS[config.method].attach(lm, config, folder)
     cache = TokenCache(cache_folder(config.cache_dir))
     start = time.perf_counter()
@@ -242,7 +248,7 @@ def evaluate_run(
     scored = [task for task in tasks if task.train]
     if not scored:
         raise ValueError(f"{config.data} holds none of the tasks of {run}: {', '.join(task.name for task in tasks)}")
-    with Progress(progress) as bar:
+    with Progress(progress and rank == 0) as bar:
         for task in scored:
             bar.start(f"scoring {task.name}")
             scores.append(evaluate_task(config, lm, task, cache).score)

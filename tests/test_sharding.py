@@ -82,6 +82,8 @@ def train_runs(data: Path, output: Path) -> None:
                 **options,
             )  # fmt: skip
             kif.run.train(config, progress=False)
+            scores = kif.run.evaluate_run(Path(config.output), progress=False)["scores"]
+            (Path(config.output) / f"again-{dist.get_rank()}.json").write_text(json.dumps(scores))
 
 
 def work(rank: int, data: Path, output: Path) -> None:
@@ -133,6 +135,11 @@ def test_a_run_on_a_split_base_is_the_run_on_a_whole_one(ended: Path, name: str)
     whole, split = (json.loads((folder / "results.json").read_text()) for folder in folders)
     assert split["accuracy"] == whole["accuracy"] and split["steps"] == whole["steps"] and split["skipped"] == 0
     assert split["settings"] == whole["settings"]
+    # the finished run's adapter, scored again
+    for folder in folders:
+        for rank in range(RANKS):
+            scores = json.loads((folder / f"again-{rank}.json").read_text())
+            assert scores == [row[-1] for row in whole["accuracy"]]
 
 
 @pytest.mark.parametrize("method", ["ewc", "migu", "vr-mcl", "lfpt5"])
