@@ -20,6 +20,21 @@ from tiny import build_tiny
 settings.register_profile("campaign", max_examples=10_000, deadline=None)
 
 
+LONGEST = ("test_interpreter.py", "test_contract.py", "test_distributed.py", "test_resume.py")
+"""Files that take longest: they begin first, so that no worker of pytest-xdist is left with one at the end."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # by itself it begins with the files of most tests, which are quick ones
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture(scope="session")
 def benchmark_data() -> Path:
     """The folder of the 15 tasks; tests that need it are skipped where there is none."""
