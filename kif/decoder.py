@@ -77,16 +77,15 @@ class DecoderModel(GenerativeModel):
     def fixed_loss(self, batch: Batch) -> Tensor:
         inputs = dict(batch)
         labels = inputs.pop("labels")
-        logits, _ = self._logits_at(labels.size(1), **inputs, use_cache=False)
-        return fixed_cross_entropy(logits, labels)
+        # of the last label nothing is predicted; it is there for a width that suits matrix products
+        logits, _ = self._logits_at(labels.size(1) + 1, **inputs, use_cache=False)
+        return fixed_cross_entropy(logits[:, :-1], labels)
 
     def _fixed_batch(self, rows: Sequence[Encoded]) -> Batch:
         """All labels begin at the same position: prompts are filled up on the left, labels on the right."""
         prompts, labels = self._padded_inputs(rows, "left", fixed=True), self._fixed_labels(rows)
-        # the last label predicts nothing
-        known = labels[:, :-1]
-        mask = torch.cat([prompts["attention_mask"], (known != IGNORE).long()], 1)
-        written = known.masked_fill(known == IGNORE, self.tokenizer.pad_token_id)
+        mask = torch.cat([prompts["attention_mask"], (labels != IGNORE).long()], 1)
+        written = labels.masked_fill(labels == IGNORE, self.tokenizer.pad_token_id)
         return {
             "input_ids": torch.cat([prompts["input_ids"], written], 1),
             "attention_mask": mask,
