@@ -262,11 +262,11 @@ class LanguageModel(ABC):
 
 
 def rounded_width(width: int, limit: int) -> int:
-    """`width`, rounded up so that there are at most eight widths in an octave, all multiples of 8; at most `limit`.
+    """`width`, rounded up so that there are at most 16 widths in an octave, all multiples of 8; at most `limit`.
 
-    Above 64 this adds less than an eighth.
+    Above 128 this adds less than a sixteenth.
     """
-    step = max(8, 1 << max(0, width.bit_length() - 4))
+    step = max(8, 1 << max(0, width.bit_length() - 5))
     return max(width, min(-(-width // step) * step, limit))
 
 
