@@ -82,6 +82,8 @@ def train_runs(data: Path, output: Path) -> None:
                 **options,
             )  # fmt: skip
             kif.run.train(config, progress=False)
+            # the first process writes the folder, the other one does not wait for it
+            dist.barrier()
             scores = kif.run.evaluate_run(Path(config.output), progress=False)["scores"]
             (Path(config.output) / f"again-{dist.get_rank()}.json").write_text(json.dumps(scores))
 
