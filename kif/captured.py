@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kif.arena import ParameterArena
-from kif.families import Batch, Encoded, LanguageModel
+from kif.families import Batch, Encoded, LanguageModel, pinned
 
 WARM_UP = 3
 """Passes before recording, in which libraries choose algorithms and allocate; as many as in torch's documentation."""
@@ -59,7 +59,7 @@ class CapturedSteps:
             self._recorded[shapes] = self._new(batch)
         recorded = self._recorded[shapes]
         for name, tensor in batch.items():
-            recorded.inputs[name].copy_(tensor, non_blocking=True)
+            recorded.inputs[name].copy_(pinned(tensor, self.lm.device), non_blocking=True)
         recorded.count.fill_(count)
         recorded.replay()
         return recorded.loss.clone()

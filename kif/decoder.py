@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kif.families import IGNORE, Batch, Encoded, pad
+from kif.families import IGNORE, Batch, Encoded, pad, to_device
 from kif.generative import GenerativeModel, fixed_cross_entropy, log_likelihood, summed_cross_entropy
 from kif.tasks import Example, Task
 
@@ -70,7 +70,7 @@ class DecoderModel(GenerativeModel):
         inputs = self._to_device({name: batch[name] for name in ("input_ids", "attention_mask")})
         prompt = self._to_device({"mask": batch["attention_mask"] * (batch["labels"] == IGNORE)})
         self._announce(inputs["input_ids"], prompt["mask"])
-        keep = columns.to(self.device, non_blocking=True)
+        keep = to_device(columns, self.device)
         logits = self._logits_at(keep, **inputs, use_cache=False)[0]
         return summed_cross_entropy(logits, labels[:, columns])
 

@@ -258,7 +258,18 @@ class LanguageModel(ABC):
             listener(input_ids, attention_mask)
 
     def _to_device(self, batch: Batch) -> Batch:
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        return {name: to_device(tensor, self.device) for name, tensor in batch.items()}
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor`; where it is to be copied from the host to a GPU, in pinned memory: else the host might wait for the
+    passes before the copy."""
+    return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`, without waiting for it."""
+    return pinned(tensor, device).to(device, non_blocking=True)
 
 
 def rounded_width(width: int, limit: int) -> int:

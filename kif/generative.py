@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kif.distributed import gather
-from kif.families import IGNORE, Encoded, LanguageModel
+from kif.families import IGNORE, Encoded, LanguageModel, to_device
 from kif.tasks import Task
 
 RANK_ELEMENTS = 2**27
@@ -119,8 +119,8 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
     """
     flat = labels.flatten()
     index = (flat != IGNORE).nonzero().squeeze(1)
-    chosen = logits.flatten(0, 1).index_select(0, index.to(logits.device, non_blocking=True)).float()
-    loss = F.cross_entropy(chosen, flat[index].to(logits.device, non_blocking=True), reduction="sum")
+    chosen = logits.flatten(0, 1).index_select(0, to_device(index, logits.device)).float()
+    loss = F.cross_entropy(chosen, to_device(flat[index], logits.device), reduction="sum")
     return loss, index.numel()
 
 

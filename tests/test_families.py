@@ -16,7 +16,7 @@ from tiny import build_tiny, free_text_task, sentiment_task, topic_task
 from kif import generative
 from kif.config import RunConfig
 from kif.encoder import EncoderModel
-from kif.families import Encoded, LanguageModel, cut_inside
+from kif.families import Encoded, LanguageModel, cut_inside, to_device
 from kif.models import load_language_model
 from kif.tasks import Example, Task
 
@@ -49,6 +49,30 @@ ALL = pytest.mark.parametrize("kind", ["t5", "llama", "gpt2", "bert"])
 
 
 @GENERATIVE
+class Host:
+    """Stands in for a tensor on the host, and notes what is done to it."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def pin_memory(self) -> Host:
+        self.calls.append("pinned")
+        return self
+
+    def to(self, device: torch.device, non_blocking: bool) -> Host:
+        self.calls.append(f"to {device}, {non_blocking}")
+        return self
+
+
+def test_copies_to_a_gpu_come_from_pinned_memory() -> None:
+    here, there = Host(), Host()
+    assert to_device(here, torch.device("cpu")) is here  # type: ignore[arg-type, comparison-overlap]
+    assert to_device(there, torch.device("cuda:1")) is there  # type: ignore[arg-type, comparison-overlap]
+    assert here.calls == ["to cpu, True"] and there.calls == ["pinned", "to cuda:1, True"]
+
+
 def test_loss_is_the_models_own(load: Loader, kind: str) -> None:
     lm = load(kind)
     batch = lm.collate(lm.encode(TOPICS, TOPICS.train))
