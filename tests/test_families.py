@@ -48,7 +48,6 @@ GENERATIVE = pytest.mark.parametrize("kind", ["t5", "llama", "gpt2"])
 ALL = pytest.mark.parametrize("kind", ["t5", "llama", "gpt2", "bert"])
 
 
-@GENERATIVE
 class Host:
     """Stands in for a tensor on the host, and notes what is done to it."""
 
@@ -73,6 +72,7 @@ def test_copies_to_a_gpu_come_from_pinned_memory() -> None:
     assert here.calls == ["to cpu, True"] and there.calls == ["pinned", "to cuda:1, True"]
 
 
+@GENERATIVE
 def test_loss_is_the_models_own(load: Loader, kind: str) -> None:
     lm = load(kind)
     batch = lm.collate(lm.encode(TOPICS, TOPICS.train))
