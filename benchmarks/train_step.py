@@ -147,7 +147,8 @@ class KIF:
             # the loss is taken at label positions only, on logits
             _apply_liger_kernel_to_instance(model=lm.base, fused_linear_cross_entropy=False)
         if "compile" in parts:
-            lm.base.forward = torch.compile(lm.base.forward)
+            # one graph for all shapes of batches, as a run would need it
+            lm.base.forward = torch.compile(lm.base.forward, dynamic=True)
         self.captured = CapturedSteps(lm, arena, []) if "graph" in parts else None
         self.engine = RecurrentKIF(arena, config)
         self.engine.stopwatch = watch

@@ -110,6 +110,15 @@ def test_the_trainer_ends_as_kif_train(tiny_models: dict[str, Path], tmp_path: P
     assert not memory or 0.2 <= logs[-1]["kept_inner"] <= 0.25
 
 
+def test_torch_compile_is_the_trainers(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    found = []
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        lm, _ = load(tiny_models, "llama")
+        assert train(lm, tmp_path, **options).engine.rounds == 4
+        found.append(weights(lm))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
 def test_gradient_checkpointing_is_the_trainers(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     lm, _ = load(tiny_models, "llama")
     train(lm, tmp_path, gradient_checkpointing=True)
