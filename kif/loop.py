@@ -200,7 +200,8 @@ def backward(lm: LanguageModel, method: Method, rows: Sequence[Encoded], accumul
                 (method.loss(rows[:1])[0] * 0.0).backward()
     if world()[1] > 1:
         method.arena.check()
-        all_reduce_(method.arena.grad)
+        with method.stopwatch.section("all_reduce", lm.device):
+            all_reduce_(method.arena.grad)
     return total
 
 

@@ -236,6 +236,7 @@ def test_torchrun_writes_one_run_folder(written: Path, model: Path, tmp_path: Pa
     assert main(arguments("one")) == 0
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
     assert two["accuracy"] == one["accuracy"] and two["steps"] == one["steps"]
+    assert 0.0 < two["time"]["all_reduce"] < two["time"]["train"] and "all_reduce" not in one["time"]
     logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
     assert len(logs[0]) == len(logs[1])
     weights = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two")]
