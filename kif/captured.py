@@ -43,15 +43,14 @@ class CapturedSteps:
         if lm.listeners:
             raise ValueError("a model with listeners cannot be recorded: they would not be called again")
         self.lm, self.arena, self.sizes = lm, arena, sorted(set(sizes))
-        self._record = CudaGraphs(lm.device) if record is None else record
-        self._recorded: dict[tuple[torch.Size, ...], _Recorded] = {}
-        self._place = (0, 0)
+        self._given, self._place = record, (0, 0)
+        self._forget()
 
     def backward(self, rows: Sequence[Encoded], count: int) -> Tensor:
         """Add the gradient of (sum of the loss of `rows`) / `count` to the arena; returns that loss, 0-d."""
         place = self.arena.data.data_ptr(), self.arena.grad.data_ptr()
         if place != self._place:
-            self._recorded.clear()
+            self._forget()
             self._place = place
         batch = self.lm.fixed_batch(rows, next((size for size in self.sizes if size >= len(rows)), len(rows)))
         shapes = tuple(tensor.shape for tensor in batch.values())
@@ -63,6 +62,11 @@ class CapturedSteps:
         recorded.count.fill_(count)
         recorded.replay()
         return recorded.loss.clone()
+
+    def _forget(self) -> None:
+        self._recorded: dict[tuple[torch.Size, ...], _Recorded] = {}
+        # a pool of memory cannot be used again when its graphs are gone
+        self._record = self._given or CudaGraphs(self.lm.device)
 
     def _new(self, batch: Batch) -> _Recorded:
         device = self.lm.device

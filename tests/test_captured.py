@@ -258,8 +258,12 @@ def test_what_cannot_be_recorded_is_refused(folders: dict[str, Path], written: P
 def test_graphs_on_a_gpu_give_what_launched_passes_give(kind: str, folders: dict[str, Path]) -> None:
     lm, arena, rows = load(kind, folders, device="cuda")
     captured = CapturedSteps(lm, arena, [4])
-    for batch in [rows[:4], rows[4:8], rows[8:11], rows[-2:]] * 2:
+    for i, batch in enumerate([rows[:4], rows[4:8], rows[8:11], rows[-2:]] * 3):
         arena.data.mul_(1.01)
+        if i == 8:
+            # to another place, where all is recorded anew
+            lm.model.double().float()
+            arena.check()
         loss, gradient = launched(lm, arena, batch)
         arena.zero_grad()
         found = captured.backward(batch, lm.label_count(batch))
