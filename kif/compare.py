@@ -9,15 +9,20 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from kif.config import PRESETS, SECTIONS, KIFConfig, RunConfig
 from kif.configfile import ConfigError, changed, dump_config, load_config, nearest
 from kif.methods import ALIASES, METHODS
+from kif.preemption import Preemption, preemption
 from kif.resume import with_absolute_folders
 from kif.training import INCIDENTAL
 
 KIF = "recurrent-kif"
+POLL = 0.2
+"""Seconds between two looks at whether SIGTERM came."""
 
 
 @dataclass(frozen=True)
@@ -89,40 +94,76 @@ def plan(base: RunConfig, names: Sequence[str], seeds: Sequence[int]) -> list[Ce
 def run(cells: Sequence[Cell], jobs: int) -> list[str]:
     """Train the cells that are not finished, each in a process of its own; returns what failed, one line each.
 
-    A cell appears under its name only when it is finished; what an interrupted one left is removed.
+    A cell appears under its name only when it is finished. One that was interrupted goes on from its last checkpoint,
+    unless it was begun with other settings: then it begins anew. SIGTERM is passed on, and no more cells are begun.
+    Raises: Preempted after SIGTERM, when all processes have ended.
     """
-    with ThreadPoolExecutor(jobs) as pool:
-        return [line for line in pool.map(_train, [cell for cell in cells if not cell.finished]) if line]
+    with preemption("the same command goes on with what is not finished") as stop:
+        stop.hold()
+        with ThreadPoolExecutor(jobs) as pool:
+            lines = list(pool.map(partial(_train, stop), [cell for cell in cells if not cell.finished]))
+        stop.release()
+    return [line for line in lines if line]
 
 
-def _train(cell: Cell) -> str:
-    partial = cell.folder.with_name(cell.folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+def _train(stop: Preemption, cell: Cell) -> str:
+    if stop.received:
+        return ""
+    unfinished = cell.folder.with_name(cell.folder.name + ".partial")
+    resume = _can_go_on(cell, unfinished)
+    if not resume:
+        shutil.rmtree(unfinished, ignore_errors=True)
     cell.folder.parent.mkdir(parents=True, exist_ok=True)
     settings = cell.folder.with_name(cell.folder.name + ".yaml")
-    dump_config(replace(cell.config, output=str(partial)), settings)
+    dump_config(replace(cell.config, output=str(unfinished), resume=resume), settings)
     log = cell.folder.with_name(cell.folder.name + ".log")
     code = "import sys; from kif.cli import main; sys.exit(main())"
-    with log.open("w") as stream:
-        done = subprocess.run(
+    with log.open("a" if resume else "w") as stream:
+        process = subprocess.Popen(
             [sys.executable, "-c", code, "train", "--config", str(settings)], stdout=stream, stderr=subprocess.STDOUT
         )
-    if done.returncode != 0:
-        return f"{cell.folder}: exit status {done.returncode}, see {log}"
-    partial.rename(cell.folder)
+        status = _wait(process, stop)
+    if status != 0:
+        return f"{cell.folder}: exit status {status}, see {log}"
+    unfinished.rename(cell.folder)
     dump_config(cell.config, cell.folder / "config.yaml")
     settings.unlink()
     log.rename(cell.folder / "train.log")
     return ""
 
 
+def _wait(process: subprocess.Popen[bytes], stop: Preemption) -> int:
+    """The exit status of a process, which is told when SIGTERM comes."""
+    told = False
+    while True:
+        try:
+            return process.wait(POLL)
+        except subprocess.TimeoutExpired:
+            if stop.received and not told:
+                process.terminate()
+                told = True
+
+
+def _can_go_on(cell: Cell, unfinished: Path) -> bool:
+    """Whether the folder holds a run of the cell's settings, which `resume` continues."""
+    try:
+        return _difference(cell, unfinished) is None
+    except (OSError, ConfigError):
+        return False
+
+
 def _check_same(cell: Cell) -> None:
-    recorded = asdict(load_config(cell.folder / "config.yaml"))
-    wanted = asdict(cell.config)
-    different = [name for name in wanted if name not in INCIDENTAL and recorded.get(name) != wanted[name]]
-    if different:
-        name = different[0]
+    found = _difference(cell, cell.folder)
+    if found is not None:
+        name, then, now = found
         raise ConfigError(
-            f"{cell.folder} was run with {name}={recorded.get(name)!r}, now it is {wanted[name]!r}: choose another "
-            "--output, or remove the folder"
+            f"{cell.folder} was run with {name}={then!r}, now it is {now!r}: choose another --output, or remove the "
+            "folder"
         )
+
+
+def _difference(cell: Cell, folder: Path) -> tuple[str, Any, Any] | None:
+    """The first field in which the run in a folder differs from the cell, with both values."""
+    then, now = asdict(load_config(folder / "config.yaml")), asdict(cell.config)
+    names = (name for name in now if name not in INCIDENTAL and then.get(name) != now[name])
+    return next(((name, then.get(name), now[name]) for name in names), None)

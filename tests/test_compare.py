@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,8 @@ import pytest
 
 from kif import cli, compare
 from kif.config import KIFConfig, RunConfig
-from kif.configfile import ConfigError, load_config, parse_run_config
+from kif.configfile import ConfigError, dump_config, load_config, parse_run_config
+from kif.faults import PREEMPTED, Preempted
 from kif.methods import ALIASES, METHODS
 
 
@@ -98,6 +102,54 @@ def test_finished_cells_are_not_run_again(
     capsys.readouterr()
     assert cli.main([*run, "--lr", "1e-2"]) == 2
     assert "was run with lr=0.0003, now it is 0.01" in capsys.readouterr().err
+
+
+def test_sigterm_is_passed_on_and_the_cell_goes_on(
+    written: Path, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RunConfig(
+        model=str(tiny_models["bert"]), data=str(written), order="abc", output=str(tmp_path), steps_per_task=400,
+        limit_eval=2, checkpoint_rounds=1,
+    )  # fmt: skip
+    first, second = compare.plan(config, ["seqlora", "mtl"], [0])
+    unfinished = tmp_path / "seqlora" / "seed-0.partial"
+    begun: list[subprocess.Popen[bytes]] = []
+
+    class Process(subprocess.Popen[bytes]):
+        """Sends this process SIGTERM once it has written a checkpoint."""
+
+        def wait(self, timeout: float | None = None) -> int:
+            if not begun and any((unfinished / "state").glob("*")):
+                begun.append(self)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    with pytest.raises(Preempted, match="the same command goes on with what is not finished"):
+        compare.run([first, second], jobs=1)
+    # it has ended by itself, and the next one was not begun
+    assert begun[0].returncode == PREEMPTED and not first.finished
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["seqlora"]
+    environment = (unfinished / "environment.json").stat().st_mtime_ns
+    rounds = len((unfinished / "metrics.jsonl").read_text().splitlines())
+
+    assert compare.run([first], jobs=1) == [] and not unfinished.exists()
+    assert (first.folder / "environment.json").stat().st_mtime_ns == environment
+    lines = [json.loads(line) for line in (first.folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "step" in line and line["phase"] == 0]
+    assert 0 < rounds < len(lines) and steps == list(range(10, 401, 10))
+
+
+def test_only_a_run_of_the_same_settings_goes_on(tmp_path: Path) -> None:
+    cell = compare.plan(base(tmp_path), ["seqlora"], [0])[0]
+    unfinished = tmp_path / "run"
+    assert not compare._can_go_on(cell, unfinished)
+    unfinished.mkdir()
+    dump_config(replace(cell.config, output=str(unfinished)), unfinished / "config.yaml")
+    assert compare._can_go_on(cell, unfinished)
+    assert not compare._can_go_on(compare.Cell(cell.folder, replace(cell.config, lr=1.0)), unfinished)
+    (unfinished / "config.yaml").write_text("lr: [")
+    assert not compare._can_go_on(cell, unfinished)
 
 
 def test_a_failed_cell_leaves_the_others(written: Path, tiny_models: dict[str, Path], tmp_path: Path) -> None:
