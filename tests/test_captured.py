@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kif.arena import ParameterArena
-from kif.captured import CapturedSteps
+from kif.captured import CapturedSteps, CudaGraphs
 from kif.config import RunConfig
 from kif.families import Encoded, LanguageModel, rounded_width
 from kif.low_precision import BF16Adapter
@@ -251,6 +254,53 @@ def test_what_cannot_be_recorded_is_refused(folders: dict[str, Path], written: P
     lm.listeners.append(lambda ids, mask: None)
     with pytest.raises(ValueError, match="listeners"):
         CapturedSteps(lm, arena, [4], rerun)
+
+
+def test_the_order_in_which_a_graph_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Any] = []
+
+    @contextmanager
+    def entered(name: str, *arguments: Any) -> Iterator[None]:
+        events.append((name, *arguments))
+        yield
+        events.append(f"end of {name}")
+
+    aside, now = Mock(), Mock()
+    aside.wait_stream.side_effect = lambda stream: events.append("aside waits")
+    now.wait_stream.side_effect = lambda stream: events.append("waits for aside")
+    inspected = inspect.signature(torch.cuda.graph)
+    for name, value in {
+        "device": lambda device: entered("device"), "Stream": lambda: aside, "current_stream": lambda: now,
+        "stream": lambda stream: entered("stream"), "graph_pool_handle": lambda: (0, len(events)), "CUDAGraph": Mock,
+        "graph": lambda graph, **how: entered("graph", inspected.bind(graph, **how).arguments["pool"]),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    record = CudaGraphs(torch.device("cuda"))
+
+    def run() -> Tensor:
+        events.append("run")
+        return torch.zeros(())
+
+    replay, _ = record(run)
+    assert events == [
+        ("device",), "aside waits", ("stream",), "run", "run", "run", "end of stream", "waits for aside",
+        ("graph", (0, 8)), "run", "end of graph", "end of device",
+    ]  # fmt: skip
+    replay()
+    # the second graph shares the first one's memory
+    record(run)
+    assert [event for event in events if event[0] == "graph"] == [("graph", (0, 8))] * 2
+
+    def bad(error: Exception) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            raise error
+
+        return run
+
+    with pytest.raises(RuntimeError, match="cannot be recorded as a CUDA graph, leave cuda_graphs out: no sync"):
+        record(bad(RuntimeError("no sync")))
+    with pytest.raises(torch.OutOfMemoryError, match=r"^full$"):
+        record(bad(torch.OutOfMemoryError("full")))
 
 
 @needs_gpu
