@@ -16,7 +16,7 @@ from kif.config import RunConfig
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No space left on the device, in the quota, or under the limit on the size of a file."""
 
-RETRY = ("gradient_accumulation", "gradient_checkpointing", "eval_batch_size")
+RETRY = ("gradient_accumulation", "gradient_checkpointing", "cuda_graphs", "eval_batch_size")
 """Fields of RunConfig that change memory use and, up to rounding and the draws of dropout, nothing else: a run may be
 resumed with others."""
 
@@ -80,6 +80,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
+_WITHOUT_GRAPHS = "resume without cuda_graphs, which keep the memory of a pass; or "
+
+
 def less_memory_in_training(config: RunConfig) -> str:
     """What to change when a training step does not fit, what keeps the result first."""
     outer = config.outer_batch_size or config.batch_size
@@ -91,7 +94,9 @@ def less_memory_in_training(config: RunConfig) -> str:
             f"resume with gradient_accumulation {more} (now {config.gradient_accumulation}), which gives the same "
             "result up to rounding and the draws of dropout; or "
         )
-    if not config.gradient_checkpointing:
+    if config.cuda_graphs:
+        resumed += _WITHOUT_GRAPHS
+    elif not config.gradient_checkpointing:
         resumed += "resume with gradient_checkpointing, which takes longer and changes the result by rounding only; or "
     return (
         f"{resumed}start a new run with a smaller batch_size (now {config.batch_size}), a smaller max_length (now "
@@ -101,11 +106,12 @@ def less_memory_in_training(config: RunConfig) -> str:
 
 def less_memory_in_scoring(config: RunConfig) -> str:
     """What to change when a batch of rows to score does not fit."""
+    graphs = _WITHOUT_GRAPHS if config.cuda_graphs else ""
     if config.eval_batch_size == 1:
-        return f"start a new run with a smaller max_length (now {config.max_length}) or a smaller model"
+        return f"{graphs}start a new run with a smaller max_length (now {config.max_length}) or a smaller model"
     return (
-        f"resume with eval_batch_size {config.eval_batch_size // 2} (now {config.eval_batch_size}), which gives the "
-        "same scores up to rounding"
+        f"{graphs}resume with eval_batch_size {config.eval_batch_size // 2} (now {config.eval_batch_size}), which gives "
+        "the same scores up to rounding"
     )
 
 

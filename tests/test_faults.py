@@ -22,7 +22,16 @@ from kif.checkpoint import Checkpoints
 from kif.cli import main
 from kif.config import KIFConfig, RunConfig
 from kif.configfile import dump_config, load_config
-from kif.faults import DiskFull, Diverged, OutOfMemory, SkippedSteps, disk_space, is_out_of_memory
+from kif.faults import (
+    DiskFull,
+    Diverged,
+    OutOfMemory,
+    SkippedSteps,
+    disk_space,
+    is_out_of_memory,
+    less_memory_in_scoring,
+    less_memory_in_training,
+)
 from kif.files import write_text
 from kif.run import evaluate_run, train
 from kif.seq2seq import EncoderDecoderModel
@@ -97,6 +106,17 @@ def test_no_memory_in_a_training_step(
     # finished, it is the run of either
     with pytest.warns(UserWarning, match="is finished"):
         train(replace(config, resume=True), progress=False)
+
+
+def test_graphs_are_given_up_before_the_rest() -> None:
+    advice = "resume without cuda_graphs, which keep the memory of a pass; or "
+    for config in (RunConfig(cuda_graphs=True), RunConfig(cuda_graphs=True, eval_batch_size=1)):
+        assert advice in less_memory_in_training(config) and less_memory_in_scoring(config).startswith(advice)
+        # which cannot be had together
+        assert "gradient_checkpointing" not in less_memory_in_training(config)
+    plain = RunConfig()
+    assert "resume with gradient_checkpointing" in less_memory_in_training(plain)
+    assert "cuda_graphs" not in less_memory_in_training(plain) + less_memory_in_scoring(plain)
 
 
 def test_no_memory_in_scoring(
