@@ -110,8 +110,8 @@ def less_memory_in_scoring(config: RunConfig) -> str:
     if config.eval_batch_size == 1:
         return f"{graphs}start a new run with a smaller max_length (now {config.max_length}) or a smaller model"
     return (
-        f"{graphs}resume with eval_batch_size {config.eval_batch_size // 2} (now {config.eval_batch_size}), which gives "
-        "the same scores up to rounding"
+        f"{graphs}resume with eval_batch_size {config.eval_batch_size // 2} (now {config.eval_batch_size}), which "
+        "gives the same scores up to rounding"
     )
 
 
