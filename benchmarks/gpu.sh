@@ -15,7 +15,8 @@
 # graphs: that recorded passes are the launched ones, on tiny models; then the same rounds with the adapter's products in
 # bf16, with passes replayed as CUDA graphs, with liger-kernel where it is installed, with gradient checkpointing.
 #
-# compile: with torch.compile, which takes its time first, alone and inside the graphs.
+# compile: with torch.compile, which takes its time first, alone and inside the graphs; short answers with a static
+# cache, for which transformers compiles the decoding step.
 #
 # shapes: FLAN-T5-XL, and LLaMA-2 13B with 4 rows. Everywhere dropout is that of Appendix D but for the trajectories.
 #
@@ -71,9 +72,13 @@ real=(--precision bf16 --dropout)
 
 if [ "$part" = compile ]; then
   if [ "$device" = cpu ]; then
+    lines=3 stage decode 100 "$python" -m benchmarks.decode --device cpu --length 32 --repeats 2 --json "$out/decode.json"
     step compile 300 --model tiny-t5 --precision bf16 --length 32 --rounds 2 --contenders kif kif-bf16 kif-bf16-compile
   else
     step compile 260 --model t5-large "${real[@]}" --contenders kif-bf16 kif-bf16-compile kif-bf16-compile-graph
+    for model in t5-large llama2-7b; do
+      lines=3 stage "decode-$model" 100 "$python" -m benchmarks.decode --model "$model" --precision bf16 --json "$out/decode-$model.json"
+    done
     step llama2-7b-compile 200 --model llama2-7b "${real[@]}" --rounds 2 --contenders kif-bf16 kif-bf16-compile-graph
   fi
   finish

@@ -233,10 +233,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         rounds = []
         before: dict[str, float] = {}
         for number in range(options.rounds + 1):
-            _synchronize(device)
+            synchronize(device)
             begun = time.perf_counter()
             train_round(lm, own, config, lambda: rows, watch)
-            _synchronize(device)
+            synchronize(device)
             # the first one compiles, allocates and chooses algorithms
             if number == 0:
                 before = watch.seconds()
@@ -269,7 +269,7 @@ def _trainer(lm: LanguageModel, options: argparse.Namespace, steps: int) -> list
     class Clock(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step % steps == 0:
-                _synchronize(lm.device)
+                synchronize(lm.device)
                 times.append(time.perf_counter())
 
     rows = rows_of(options.batch * steps * (options.rounds + 1), options.length, 1)
@@ -401,7 +401,8 @@ def _in_turns(options: argparse.Namespace, arguments: list[str]) -> dict[str, di
     return merged
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -1,0 +1,98 @@
+"""Short greedy answers, timed: with the growing key-value cache that kif uses, and with a static one.
+
+    python -m benchmarks.decode --model t5-large --json FILE
+
+A static cache lets transformers compile a decoding step (on a GPU it does), which takes its time first. Answers of a
+classification task are a few tokens long, so what could be saved is all but the `one token` column, the prompt's own
+pass. Weights are random, as in `benchmarks.train_step`; both ways take turns in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.machine import environment
+from benchmarks.train_step import MODELS, build, rows_of, synchronize
+from kif.families import LanguageModel
+
+WAYS = ("growing", "static")
+
+
+def generate(lm: LanguageModel, batch: dict[str, Tensor], way: str, tokens: int) -> Tensor:
+    """Exactly so many greedy tokens for each row; the new ones."""
+    settings = lm._greedy(tokens)  # type: ignore[attr-defined]
+    settings.min_new_tokens = tokens
+    if lm.family == "encoder-decoder":
+        settings.decoder_start_token_id = lm.base.generation_config.decoder_start_token_id
+    if way == "static":
+        settings.cache_implementation = "static"
+    found: Tensor = lm.model.generate(**batch, generation_config=settings)
+    return found[:, -tokens:]
+
+
+@torch.no_grad()
+def measure(lm: LanguageModel, batch: dict[str, Tensor], tokens: int, repeats: int) -> dict[str, dict[str, Any]]:
+    """For each way ms of answers of one token and of all, medians, and of the first answers, which compile."""
+    found: dict[str, dict[str, Any]] = {way: {"first_ms": 0.0, "one_ms": [], "all_ms": []} for way in WAYS}
+    answers = {}
+    for way in WAYS:
+        answers[way], found[way]["first_ms"] = _timed(lm, batch, way, tokens)
+        _timed(lm, batch, way, 1)
+    for _ in range(repeats):
+        for way in WAYS:
+            found[way]["one_ms"].append(_timed(lm, batch, way, 1)[1])
+            found[way]["all_ms"].append(_timed(lm, batch, way, tokens)[1])
+    for way in WAYS:
+        for name in ("one_ms", "all_ms"):
+            found[way][name] = statistics.median(found[way][name])
+        # bf16 sums in another order may choose another token
+        found[way]["equal"] = float((answers[way] == answers["growing"]).float().mean())
+    return found
+
+
+def _timed(lm: LanguageModel, batch: dict[str, Tensor], way: str, tokens: int) -> tuple[Tensor, float]:
+    synchronize(lm.device)
+    begun = time.perf_counter()
+    answers = generate(lm, batch, way, tokens)
+    synchronize(lm.device)
+    return answers, (time.perf_counter() - begun) * 1e3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(MODELS), default="tiny-t5")
+    parser.add_argument("--batch", type=int, default=32, help="rows answered at once")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a prompt")
+    parser.add_argument("--tokens", type=int, default=4, help="tokens of an answer")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    lm = build(options.model, device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
+    lm.model.eval()
+    batch = lm._to_device(lm._padded_inputs(rows_of(options.batch, options.length, 1), "left"))
+    ways = measure(lm, batch, options.tokens, options.repeats)
+    print(f"{'cache':10}{'one token, ms':>15}{'all, ms':>10}{'first, ms':>11}{'equal':>8}")
+    for way, row in ways.items():
+        print(f"{way:10}{row['one_ms']:15.1f}{row['all_ms']:10.1f}{row['first_ms']:11.0f}{row['equal']:8.2f}")
+    if options.json:
+        settings = {name: value for name, value in vars(options).items() if name != "json"}
+        document = {"settings": settings, "environment": environment(device), "ways": ways}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
