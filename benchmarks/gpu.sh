@@ -75,11 +75,11 @@ if [ "$part" = compile ]; then
     lines=3 stage decode 100 "$python" -m benchmarks.decode --device cpu --length 32 --repeats 2 --json "$out/decode.json"
     step compile 300 --model tiny-t5 --precision bf16 --length 32 --rounds 2 --contenders kif kif-bf16 kif-bf16-compile
   else
-    step compile 260 --model t5-large "${real[@]}" --contenders kif-bf16 kif-bf16-compile kif-bf16-compile-graph
+    step compile 210 --model t5-large "${real[@]}" --contenders kif-bf16 kif-bf16-compile kif-bf16-compile-graph
     for model in t5-large llama2-7b; do
-      lines=3 stage "decode-$model" 100 "$python" -m benchmarks.decode --model "$model" --precision bf16 --json "$out/decode-$model.json"
+      lines=3 stage "decode-$model" 50 "$python" -m benchmarks.decode --model "$model" --precision bf16 --json "$out/decode-$model.json"
     done
-    step llama2-7b-compile 200 --model llama2-7b "${real[@]}" --rounds 2 --contenders kif-bf16 kif-bf16-compile-graph
+    step llama2-7b-compile 160 --model llama2-7b "${real[@]}" --rounds 2 --contenders kif-bf16 kif-bf16-compile-graph
   fi
   finish
 fi
