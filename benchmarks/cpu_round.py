@@ -11,7 +11,6 @@ stand the ratio of the fastest rounds, and the smallest and the largest ratio of
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import environment
+from benchmarks.machine import environment, write_json
 from benchmarks.operations import INNER_STEPS, OPERATIONS
 from benchmarks.shapes import SETS
 from benchmarks.workload import DENSITY, Contender, Phase, Problem
@@ -128,8 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{len(problem.shapes)} tensors, {problem.numel:,} elements, {torch.get_num_threads()} threads, load {load}")
     print(table(result))
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(options.json, document)
     share = options.check or 1.0
     missed = [n for n, ratio in result["ratios"].items() if ratio["goal"] and ratio["median"] < share * ratio["goal"]]
     if missed:

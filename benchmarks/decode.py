@@ -10,7 +10,6 @@ pass. Weights are random, as in `benchmarks.train_step`; both ways take turns in
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.machine import environment
+from benchmarks.machine import environment, write_json
 from benchmarks.train_step import MODELS, build, rows_of, synchronize
 from kif.families import LanguageModel
 
@@ -31,8 +30,6 @@ def generate(lm: LanguageModel, batch: dict[str, Tensor], way: str, tokens: int)
     """Exactly so many greedy tokens for each row; the new ones."""
     settings = lm._greedy(tokens)  # type: ignore[attr-defined]
     settings.min_new_tokens = tokens
-    if lm.family == "encoder-decoder":
-        settings.decoder_start_token_id = lm.base.generation_config.decoder_start_token_id
     if way == "static":
         settings.cache_implementation = "static"
     found: Tensor = lm.model.generate(**batch, generation_config=settings)
@@ -81,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(options.device)
     lm = build(options.model, device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
     lm.model.eval()
-    batch = lm._to_device(lm._padded_inputs(rows_of(options.batch, options.length, 1), "left"))
+    batch = lm.prompts(rows_of(options.batch, options.length, 1))
     ways = measure(lm, batch, options.tokens, options.repeats)
     print(f"{'cache':10}{'one token, ms':>15}{'all, ms':>10}{'first, ms':>11}{'equal':>8}")
     for way, row in ways.items():
@@ -89,8 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         settings = {name: value for name, value in vars(options).items() if name != "json"}
         document = {"settings": settings, "environment": environment(device), "ways": ways}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(options.json, document)
     return 0
 
 

@@ -12,14 +12,13 @@ which changes nothing in the base model.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import environment
+from benchmarks.machine import environment, write_json
 from kif.config import RunConfig
 from kif.evaluate import evaluate, mean_score
 from kif.families import LanguageModel
@@ -98,8 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         found = environment(resolve_device(options.device))
         document = {"settings": settings, "environment": found, "seconds": seconds, "tasks": tasks}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(options.json, document)
     return 0
 
 

@@ -11,7 +11,6 @@ wrong or the project's own code failed; what was left out for lack of time, memo
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 
 from benchmarks.baselines import CONTENDERS
 from benchmarks.goals import Reached, goals
-from benchmarks.machine import Machine, environment
+from benchmarks.machine import Machine, environment, write_json
 from benchmarks.measure import DTYPES, Row, plan, run
 from benchmarks.operations import OPERATIONS
 from benchmarks.quantiles import SELECTORS
@@ -75,8 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "rows": [row.as_dict() for row in rows],
             "goals": [goal.as_dict() for goal in reached],
         }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.json, result)
     if args.plot:
         name = f"{env['gpu'] or env['cpu']}, torch {env['torch']}, triton {env['triton']}"
         if missing := plot(rows, args.plot, machine.copy_gbps, machine.launch_us, name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -133,6 +134,12 @@ def environment(device: torch.device) -> dict[str, Any]:
         env["memory_bytes"] = properties.total_memory
         env["driver"] = _driver()
     return env
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Write a result, in folders that may be new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def git_revision() -> str:

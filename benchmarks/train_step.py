@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines import PerTensorKthvalue
-from benchmarks.machine import environment
+from benchmarks.machine import environment, write_json
 from benchmarks.workload import LR, MOMENTS, Problem
 from kif.arena import ParameterArena
 from kif.captured import CapturedSteps
@@ -376,8 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         document["contenders"] = _in_turns(options, list(arguments if arguments is not None else sys.argv[1:]))
         print(table(document["contenders"]))
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(options.json, document)
     return 0
 
 

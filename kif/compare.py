@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kif.checkpoint import difference
 from kif.config import PRESETS, SECTIONS, KIFConfig, RunConfig
 from kif.configfile import ConfigError, changed, dump_config, load_config, nearest
 from kif.methods import ALIASES, METHODS
@@ -165,5 +166,6 @@ def _check_same(cell: Cell) -> None:
 def _difference(cell: Cell, folder: Path) -> tuple[str, Any, Any] | None:
     """The first field in which the run in a folder differs from the cell, with both values."""
     then, now = asdict(load_config(folder / "config.yaml")), asdict(cell.config)
-    names = (name for name in now if name not in INCIDENTAL and then.get(name) != now[name])
-    return next(((name, then.get(name), now[name]) for name in names), None)
+    for name in INCIDENTAL:
+        del then[name], now[name]
+    return difference(then, now)

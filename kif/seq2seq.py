@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,15 +49,21 @@ class EncoderDecoderModel(GenerativeModel):
     def _generate(self, rows: Sequence[Encoded], max_new_tokens: int, acceptable: Collection[str] | None) -> list[str]:
         inputs = self._to_device(self._padded_inputs(rows, "right"))
         self._announce(**inputs)
-        settings = self._greedy(max_new_tokens)
-        settings.decoder_start_token_id = self.base.generation_config.decoder_start_token_id
         # an answer begins behind the decoder's start token
         stopping = self._stopping(1, acceptable)
         sequences = self.model.generate(
-            **inputs, generation_config=settings, stopping_criteria=stopping, synced_gpus=self.lockstep
+            **inputs,
+            generation_config=self._greedy(max_new_tokens),
+            stopping_criteria=stopping,
+            synced_gpus=self.lockstep,
         )
         texts: list[str] = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
         return texts
+
+    def _greedy(self, max_new_tokens: int) -> Any:
+        settings = super()._greedy(max_new_tokens)
+        settings.decoder_start_token_id = self.base.generation_config.decoder_start_token_id
+        return settings
 
     def _rank(self, rows: Sequence[Encoded], candidates: Sequence[tuple[int, ...]]) -> Tensor:
         from transformers.modeling_outputs import BaseModelOutput
