@@ -467,6 +467,8 @@ import torch
 lm, _ = load({"llama": Path(sys.argv[2])})
 trainer = train(lm, Path(sys.argv[3]), per_device_train_batch_size=2)
 torch.save(weights(lm), f"{sys.argv[3]}/weights-{trainer.args.process_index}.pt")
+# else its threads may be at work when the process ends, which aborts it now and then
+torch.distributed.destroy_process_group()
 """
 
 
