@@ -156,7 +156,7 @@ def bytes_in_words(count: int) -> str:
 
 def _os_error(message: str) -> int:
     """The errno in a message of safetensors, whose errors carry it as text only; 0 without one."""
-    found = re.search(r"os error (\d+)", message)
+    found = re.search(r"(?:os error |Os \{ code: )(\d+)", message)
     return int(found[1]) if found else 0
 
 

@@ -33,7 +33,8 @@ class BF16Adapter:
 
         self.arena = arena
         self.shadow = arena.data.to(torch.bfloat16)
-        lm.base.register_forward_pre_hook(self._refresh)
+        # not at the base: PEFT before 0.21 calls its `forward`, past its hooks
+        lm.model.register_forward_pre_hook(self._refresh)
         for module in lm.model.modules():
             if isinstance(module, LoraLayer):
                 module.cast_input_dtype_enabled = False

@@ -2,9 +2,9 @@
 
 Each variant of an operation (which optional buffers there are, of which dtypes, which switches are set) is compiled
 when it is first called, which takes seconds, and not again: sizes are symbolic, and numbers such as the learning rate
-come in as 0-d tensors. On the CPU this needs a C++ compiler. Buffers that are not contiguous, and those of one element,
-go to the reference. Norms and thresholds are no element-wise operations and not compiled: they are those of
-`kif_kernels.eager` on the CPU, of the reference elsewhere.
+come in as 0-d tensors. On the CPU this needs a C++ compiler. Buffers that are not contiguous, those of one element, and
+on the CPU before torch 2.13 weights and importances that are not float32 go to the reference. Norms and thresholds are
+not compiled, since no element-wise operations: they are those of `kif_kernels.eager` on the CPU, else of the reference.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def importance_ema_(
 ) -> None:
     """As in the reference."""
     tensors = (importance, weight, grad, uncertainty)
-    if _suits(*tensors):
+    if _suits(*tensors) and _rounds(importance):
         _call(_importance, _flat(*tensors), (_flag(skip), *_ema_weights(decay, uncertainty_decay)), (reset,))
     else:
         reference.importance_ema_(
@@ -98,7 +98,7 @@ def adamw_importance_(
     buffers = (
         weight, grad, exp_avg, exp_avg_sq, importance, uncertainty, snapshot_before, snapshot_after, shadow,
     )  # fmt: skip
-    if _suits(*buffers):
+    if _suits(*buffers) and _rounds(weight, importance):
         # outside of the compiled code, which would raise to a power for every element
         count = step if step_tensor is None else step_tensor.clamp(min=1.0)
         rate = lr if lr_tensor is None else lr_tensor
@@ -260,6 +260,12 @@ def _suits(*buffers: Tensor | None) -> bool:
     return all(t is None or (t.is_contiguous() and t.numel() > 1) for t in buffers)
 
 
+def _rounds(*stored: Tensor | None) -> bool:
+    """Whether compiled code reads what it stores there as it was rounded: before 2.13 torch's C++ code does not."""
+    known = torch.__version__ >= "2.13"
+    return known or all(t is None or t.device.type != "cpu" or t.dtype == torch.float32 for t in stored)
+
+
 def _flat(*buffers: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.detach().view(-1) for t in buffers]
 
@@ -301,6 +307,8 @@ def _variant(function: Callable[..., None], kinds: tuple[object, ...], device: s
             "name one in the variable CXX, or use KIF_BACKEND=eager"
         )
     copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    # a value that is stored as bfloat16 is scored as that
-    options: dict[str, str | int | bool | Callable[..., Any]] = {"emulate_precision_casts": True}
+    # a value that is stored as bfloat16 is scored as that; see _rounds
+    options: dict[str, str | int | bool | Callable[..., Any]] = {
+        "emulate_precision_casts": device != "cpu" or torch.__version__ >= "2.13"
+    }
     return torch.compile(copy, dynamic=True, fullgraph=True, options=options)

@@ -147,8 +147,8 @@ def adamw_importance_(
                 _ema_(i, u, _score(w, c, s), decay, uncertainty_decay, reset)
             if clip != 1.0:
                 c = torch.mul(c, clip, out=scaled)
-            m.lerp_(c, 1.0 - beta1)
-            v.lerp_(torch.mul(c, c, out=s), 1.0 - beta2)
+            _lerp_(m, c, 1.0 - beta1)
+            _lerp_(v, torch.mul(c, c, out=s), 1.0 - beta2)
             torch.sqrt(v, out=s).div_(root).add_(eps)
             torch.div(m, s, out=s).mul_(step_size)
             (w if shrink == 1.0 else w.mul_(shrink)).sub_(s)
@@ -279,13 +279,18 @@ def _ema_(
     importance: Tensor, uncertainty: Tensor | None, s: Tensor, decay: float, uncertainty_decay: float, reset: bool
 ) -> None:
     """I and U take in the scores s, which is overwritten."""
-    if decay == 0.0:
-        importance.copy_(s)  # whatever the old value, NaN too
-    else:
-        (importance.zero_() if reset else importance).lerp_(s, 1.0 - decay)
+    _lerp_(importance.zero_() if reset else importance, s, 1.0 - decay)
     if uncertainty is not None:
         torch.sub(s, importance, out=s).abs_()
-        (uncertainty.zero_() if reset else uncertainty).lerp_(s, 1.0 - uncertainty_decay)
+        _lerp_(uncertainty.zero_() if reset else uncertainty, s, 1.0 - uncertainty_decay)
+
+
+def _lerp_(old: Tensor, new: Tensor, weight: float) -> None:
+    """As `reference._lerp`, in place."""
+    if weight == 1.0:
+        old.copy_(new)
+    else:
+        old.lerp_(new, weight)
 
 
 def _skip_scores(importance: Tensor, uncertainty: Tensor | None, reset: bool) -> None:

@@ -108,8 +108,8 @@ def adamw_importance_(
     g = grad.float() if inv_scale is None else grad.float() * inv_scale
     clipped = g if grad_scale is None else g * grad_scale
     w = weight.float()
-    m = torch.lerp(exp_avg, clipped, 1.0 - beta1)
-    v = torch.lerp(exp_avg_sq, clipped * clipped, 1.0 - beta2)
+    m = _lerp(exp_avg, clipped, 1.0 - beta1)
+    v = _lerp(exp_avg_sq, clipped * clipped, 1.0 - beta2)
     count = step if step_tensor is None else step_tensor.clamp(min=1.0)
     rate = lr if lr_tensor is None else lr_tensor
     bias1, bias2 = 1.0 - beta1**count, 1.0 - beta2**count
@@ -247,13 +247,18 @@ def _ema_(
     skip: Tensor | None,
 ) -> None:
     old = torch.zeros_like(s) if reset else importance.float()
-    new = s if decay == 0.0 else torch.lerp(old, s, 1.0 - decay)
+    new = _lerp(old, s, 1.0 - decay)
     new = (new if skip is None else torch.where(skip, old, new)).to(importance.dtype)
     if uncertainty is not None:
         old_u = torch.zeros_like(s) if reset else uncertainty.float()
-        new_u = torch.lerp(old_u, (s - new.float()).abs(), 1.0 - uncertainty_decay)
+        new_u = _lerp(old_u, (s - new.float()).abs(), 1.0 - uncertainty_decay)
         uncertainty.copy_(new_u if skip is None else torch.where(skip, old_u, new_u))
     importance.copy_(new)
+
+
+def _lerp(old: Tensor, new: Tensor, weight: float) -> Tensor:
+    """new alone for a weight of 1, whatever old is; torch before 2.13 makes NaN of an infinite one."""
+    return new if weight == 1.0 else torch.lerp(old, new, weight)
 
 
 def _scores(importance: Tensor, uncertainty: Tensor | None) -> Tensor:

@@ -206,14 +206,24 @@ def test_a_disk_that_fills_up(
     assert outcome(small_disk / "run") == outcome(tmp_path / "whole")
 
 
-def test_a_checkpoint_without_room_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "I/O error: No space left on device (os error 28)",
+        # safetensors 0.5
+        'IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })',
+    ],
+)
+def test_a_checkpoint_without_room_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
     checkpoints = Checkpoints(tmp_path / "state")
     state = {"weights": torch.ones(1 << 18), "number": 1}
     checkpoints.write(state)
 
     def full(tensors: Any, path: Path) -> None:
         path.write_bytes(b"half")
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise SafetensorError(f"Error while serializing: {reason}")
 
     with monkeypatch.context() as patch:
         patch.setattr("safetensors.torch.save_file", full)

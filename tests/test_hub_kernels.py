@@ -110,8 +110,11 @@ def test_the_kernels_of_a_copy_need_torch_and_triton_alone(repository: Path, bar
 
 @pytest.mark.skipif(not HAS_TRITON, reason="the kernels need triton")
 def test_the_kernels_of_a_copy_compute_the_same(repository: Path) -> None:
-    """In Triton's interpreter, which needs numpy besides."""
-    code = f"{IMPORT}{NUMBERS}\nk = load('other_name', {str(repository / 'build' / 'torch-cpu')!r})\ncheck(k)\n"
+    """In Triton's interpreter, which needs numpy besides, and corrections for new ones."""
+    code = f"{IMPORT}{NUMBERS}\nk = load('other_name', {str(repository / 'build' / 'torch-cpu')!r})\n"
+    # which turns the interpreter on, before anything of triton is imported
+    code += f"k.backend.implementation('cpu'); sys.path.append({str(Path(__file__).parent)!r})\n"
+    code += "from kernel_tests.interpreter import correct_interpreter; correct_interpreter(); check(k)\n"
     code += "assert 'other_name.kernels.fuse' in sys.modules and k.backend_name('cpu') == 'interpret'"
     environment = {**os.environ, "KIF_BACKEND": "interpret"}
     done = subprocess.run(

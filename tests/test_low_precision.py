@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTuner
 from tiny import build_tiny, topic_task
 from torch import Tensor, nn
 
@@ -62,7 +63,12 @@ def test_the_error_is_that_of_a_bf16_base(kind: str, folders: dict[str, Path]) -
     assert (rounded - exact).norm() < 1.3 * (plain - exact).norm() + 0.01 * exact.norm()
 
 
-def test_layers_multiply_with_the_rounded_present_weights(folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize("hooks_of_the_base", [True, False], ids=["", "PEFT 0.20"])
+def test_layers_multiply_with_the_rounded_present_weights(
+    folders: dict[str, Path], hooks_of_the_base: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not hooks_of_the_base:
+        monkeypatch.setattr(BaseTuner, "forward", lambda self, *given, **named: self.model.forward(*given, **named))
     lm, method = load(folders["llama"], "bf16")
     layer = next(module for name, module in lm.model.named_modules() if name.endswith("q_proj.lora_A.default"))
     seen: list[tuple[Tensor, Tensor]] = []

@@ -6,9 +6,11 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from method_setup import start, train_task
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import topic_task
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM
@@ -74,6 +76,8 @@ def some_rounds(model: Any, kind: str, rounds: int = 2, weight_decay: float = 0.
 @KINDS
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_trained_saved_loaded_merged(tiny_models: Folders, tmp_path: Path, kind: str, name: str) -> None:
+    if name == "bias" and kind == "bert" and Version(peft.__version__) < Version("0.21"):
+        pytest.skip("PEFT before 0.21 does not save the biases of layers with LoRA")
     options = dict(ADAPTERS[name])
     if name == "whole":
         options["modules_to_save"] = [NORM[kind]]

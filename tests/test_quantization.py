@@ -74,7 +74,7 @@ def test_what_is_quantised_and_that_gradients_arrive(folders: Folders, kind: str
     loss.backward()
     reference.backward()
     cosine = torch.nn.functional.cosine_similarity(own.grad, theirs.grad, dim=0)
-    assert cosine > (0.98 if form == "int8" else 0.8)
+    assert cosine > (0.98 if form == "int8" else 0.5)
 
 
 @needs_bitsandbytes

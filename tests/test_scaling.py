@@ -259,7 +259,9 @@ def form_of(name: str, shape: Decoder) -> Any:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_activations_are_those_that_torch_allocates(form: str) -> None:
-    for shape in (Decoder(256, 64, 172, 3, 4, 2), Decoder(4096, 64, 128, 2, 2)):
+    # torch 2.8 does not fuse grouped-query attention on the CPU
+    grouped = 2 if torch.__version__ >= "2.11" else 4
+    for shape in (Decoder(256, 64, 172, 3, 4, grouped), Decoder(4096, 64, 128, 2, 2)):
         lm = form_of(form, shape)
         RecurrentKIF.of(lm.model)
         scaling.backward(lm)
@@ -298,7 +300,9 @@ def test_passes_do_what_is_counted(form: str) -> None:
     assert difference(products_of) == flops[1] - flops[0]
     # the first layer's input needs no gradient where what is in front of it is frozen; PEFT asks for one to checkpoint
     spared = 2 * TOKENS * 3 * 64 * 64 + 2 * TOKENS * 2 * 8 * 64 if rank and not checkpointed else 0
-    assert products_of(shapes[0]) - flops[0] == spared
+    # transformers up to 5.17 compute the angles of rotary embeddings as a product
+    angles = 2 * scaling.LENGTH * 8
+    assert products_of(shapes[0]) - flops[0] in (spared, spared - angles)
 
 
 def test_times_add_up() -> None:

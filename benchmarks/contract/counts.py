@@ -115,12 +115,12 @@ def counting(counts: Counts) -> Iterator[None]:
         with _Methods(counts), _Operations(counts):
             yield
         return
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.interpreter import GridExecutor
 
     from kif_kernels.kernels.launch import count_launches
 
     # counted, not run: what a kernel computes cannot matter to the host, or there would be a sync to see
-    idle = mock.patch.object(InterpretedFunction, "run", lambda *args, **kwargs: None)
+    idle = mock.patch.object(GridExecutor, "__call__", lambda *args, **kwargs: None)
     with idle, count_launches() as kernels, _Methods(counts), _Operations(counts):
         yield
     counts.kernels.update(kernels)

@@ -3,7 +3,7 @@
 - A float argument stays a Python number, of 64 bits; a compiled kernel gets 32.
 - bfloat16: float32 is cut off (triton 3.6, 3.9), and denormals become something else; hardware rounds to nearest even.
 - fma: product and sum are rounded one by one (triton 3.6); hardware rounds once.
-- A scalar as a loop bound fails with numpy 2.4 (triton 3.6).
+- A scalar as a loop bound fails with numpy 2.4 (triton 3.4, 3.6).
 
 With them, what the interpreter computes can be compared bit by bit.
 """
@@ -39,9 +39,11 @@ def correct_interpreter() -> None:
         wide = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
         return interpreter.TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
 
-    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
+    def patch_lang_tensor(tensor: Any, *scope: Any) -> None:
+        patch_tensor(tensor, *scope)
+        # triton 3.4 has no scope and sets attributes for good
+        set_attribute = scope[0].set_attr if scope else setattr
+        set_attribute(tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
 
     interpreter._implicit_cvt = implicit_cvt
     builder.cast_impl = cast_impl
