@@ -104,7 +104,7 @@ class DecoderModel(GenerativeModel):
             stopping_criteria=stopping,
             synced_gpus=self.lockstep,
         )
-        texts: list[str] = self.tokenizer.batch_decode(sequences[:, begin:], skip_special_tokens=True)
+        texts: list[str] = self.tokenizer.batch_decode(sequences[:, begin:].tolist(), skip_special_tokens=True)
         return texts
 
     def _rank(self, rows: Sequence[Encoded], candidates: Sequence[tuple[int, ...]]) -> Tensor:
@@ -112,9 +112,8 @@ class DecoderModel(GenerativeModel):
         prompts = self._to_device(self._padded_inputs(rows, "left"))
         mask = prompts["attention_mask"]
         self._announce(**prompts)
-        last = torch.tensor([mask.size(1) - 1], device=self.device)
-        first, prompt_cache = self._logits_at(last, **prompts, **self._positions(mask, mask.size(1)), use_cache=True)
-        labels = pad(candidates, IGNORE).to(self.device)
+        first, prompt_cache = self._logits_at(1, **prompts, **self._positions(mask, mask.size(1)), use_cache=True)
+        labels = to_device(pad(candidates, IGNORE), self.device)
 
         config = self.base.config
         cached = mask.numel() * 2 * config.num_hidden_layers * config.hidden_size

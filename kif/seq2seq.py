@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kif.families import IGNORE, Batch, Encoded, pad
+from kif.families import IGNORE, Batch, Encoded, pad, to_device
 from kif.generative import GenerativeModel, fixed_cross_entropy, log_likelihood, summed_cross_entropy
 from kif.tasks import Task
 
@@ -57,7 +57,7 @@ class EncoderDecoderModel(GenerativeModel):
             stopping_criteria=stopping,
             synced_gpus=self.lockstep,
         )
-        texts: list[str] = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
+        texts: list[str] = self.tokenizer.batch_decode(sequences.tolist(), skip_special_tokens=True)
         return texts
 
     def _greedy(self, max_new_tokens: int) -> Any:
@@ -71,7 +71,7 @@ class EncoderDecoderModel(GenerativeModel):
         inputs = self._to_device(self._padded_inputs(rows, "right"))
         self._announce(**inputs)
         states = self.base.get_encoder()(**inputs).last_hidden_state
-        labels = pad(candidates, IGNORE).to(self.device)
+        labels = to_device(pad(candidates, IGNORE), self.device)
         per_label = len(rows) * labels.size(1) * self.base.config.vocab_size + states.numel()
         scores = []
         for part in labels.split(self._labels_at_once(per_label)):

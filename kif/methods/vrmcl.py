@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kif.config import RunConfig
 from kif.distributed import all_reduce_
-from kif.families import Encoded, LanguageModel
+from kif.families import Encoded, LanguageModel, to_device
 from kif.methods.base import Method
 from kif_kernels import gradient_state_
 
@@ -136,7 +136,7 @@ class VRMCL(Method):
         total = torch.zeros_like(self.arena.grad)
         for step in steps:
             self.arena.zero_grad()
-            count = all_reduce_(torch.tensor(sum(map(self.lm.label_count, step)), device=total.device))
+            count = all_reduce_(to_device(torch.tensor(sum(map(self.lm.label_count, step))), total.device))
             for rows in step:
                 loss, _ = self.lm.loss(self.lm.collate(rows))
                 (loss / count).backward()
