@@ -261,9 +261,13 @@ def _suits(*buffers: Tensor | None) -> bool:
 
 
 def _rounds(*stored: Tensor | None) -> bool:
-    """Whether compiled code reads what it stores there as it was rounded: before 2.13 torch's C++ code does not."""
-    known = torch.__version__ >= "2.13"
-    return known or all(t is None or t.device.type != "cpu" or t.dtype == torch.float32 for t in stored)
+    """Whether compiled code reads what it stores there as it was rounded."""
+    return all(t is None or _emulates_casts(t.device.type) or t.dtype == torch.float32 for t in stored)
+
+
+def _emulates_casts(device: str) -> bool:
+    """Before 2.13 torch's C++ code keeps what it stores as it was before it was rounded."""
+    return device != "cpu" or torch.__version__ >= "2.13"
 
 
 def _flat(*buffers: Tensor | None) -> list[Tensor | None]:
@@ -308,7 +312,5 @@ def _variant(function: Callable[..., None], kinds: tuple[object, ...], device: s
         )
     copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     # a value that is stored as bfloat16 is scored as that; see _rounds
-    options: dict[str, str | int | bool | Callable[..., Any]] = {
-        "emulate_precision_casts": device != "cpu" or torch.__version__ >= "2.13"
-    }
+    options: dict[str, str | int | bool | Callable[..., Any]] = {"emulate_precision_casts": _emulates_casts(device)}
     return torch.compile(copy, dynamic=True, fullgraph=True, options=options)
