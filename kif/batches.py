@@ -1,4 +1,4 @@
-"""Batches of encoded rows: shuffled without replacement within an epoch, alike in length within a batch."""
+"""Batches of encoded rows: shuffled without replacement within an epoch, alike in length within a batch if wanted."""
 
 from __future__ import annotations
 
@@ -8,27 +8,32 @@ from collections.abc import Sequence
 from kif.families import Encoded
 
 BUCKET_BATCHES = 16
-"""Batches whose rows are sorted by length together: enough to save most padding, few enough to stay random."""
+"""Batches whose rows are sorted by length together, at most: enough to save most padding, few enough to stay random."""
+
+MIN_BUCKETS = 4
+"""Buckets that an epoch is cut into, at least: sorted as a whole, few rows would give the same batches every time."""
 
 
 class BatchStream:
     """An endless stream of batches over epochs of `rows`; an epoch's last batch may be smaller.
 
-    Every row occurs exactly once in an epoch. Rows are shuffled, cut into groups of `BUCKET_BATCHES` batches,
-    sorted by length within a group, and the group's batches are shuffled, so that padding is small and the order
-    random. The order depends on `seed` and the epoch only.
+    Every row occurs exactly once in an epoch. Rows are shuffled; if `by_length`, they are then cut into groups of
+    up to `BUCKET_BATCHES` batches, sorted by length within a group, and all batches are shuffled, so that padding is
+    small and the order random. The order depends on `seed` and the epoch only.
 
     Args:
         rows: encoded rows.
         batch_size: rows in a batch.
         seed: any string that identifies the stream.
+        by_length: whether a batch holds rows of like length. Rows of one task or label may be alike in length, so that
+            such a batch stands for fewer of them than one drawn at random.
     Raises: ValueError without rows.
     """
 
-    def __init__(self, rows: Sequence[Encoded], batch_size: int, seed: str) -> None:
+    def __init__(self, rows: Sequence[Encoded], batch_size: int, seed: str, by_length: bool = True) -> None:
         if not rows:
             raise ValueError("there are no rows to make batches of")
-        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self.rows, self.batch_size, self.seed, self.by_length = rows, batch_size, seed, by_length
         self.epoch = 0
         self._batches = self._shuffled()
         self._position = 0
@@ -60,9 +65,11 @@ class BatchStream:
         # the short batch is taken off first, so that it is a random one and not always the longest rows
         tail = len(order) % self.batch_size
         batches = [order[:tail]] if tail else []
-        group = BUCKET_BATCHES * self.batch_size
-        for start in range(tail, len(order), group):
-            members = sorted(order[start : start + group], key=lambda i: self.rows[i].length)
+        bucket = max(1, min(BUCKET_BATCHES, len(order) // self.batch_size // MIN_BUCKETS)) * self.batch_size
+        for start in range(tail, len(order), bucket):
+            members = order[start : start + bucket]
+            if self.by_length:
+                members.sort(key=lambda i: self.rows[i].length)
             batches += [members[i : i + self.batch_size] for i in range(0, len(members), self.batch_size)]
         rng.shuffle(batches)
         return batches

@@ -60,6 +60,24 @@ def test_rows_of_a_batch_are_alike_in_length() -> None:
     assert padded < 1.15 * sum(length + 1 for length in lengths)  # in random order it is 1.7 times
 
 
+@pytest.mark.parametrize("by_length", [True, False])
+@pytest.mark.parametrize("count", [40, 64, 200])
+def test_few_rows_do_not_give_the_same_batches_again(count: int, by_length: bool) -> None:
+    stream = BatchStream(rows([1 + i for i in range(count)]), 8, "s", by_length)
+    batches = [frozenset(identity(row) for row in stream.next()) for _ in range(20 * stream.batches_per_epoch)]
+    assert len(set(batches)) > 0.95 * len(batches)
+
+
+def test_batches_of_any_length_hold_all_kinds() -> None:
+    kinds = [i % 4 for i in range(512)]
+    mixed = []
+    for by_length in (True, False):
+        stream = BatchStream(rows([10 + 10 * kind for kind in kinds]), 8, "s", by_length)
+        batches = [{kinds[identity(row)] for row in stream.next()} for _ in range(stream.batches_per_epoch)]
+        mixed.append(sum(map(len, batches)) / len(batches))
+    assert mixed[0] < 1.5 and mixed[1] > 3.4  # of 8 rows drawn at random: 4 - 4 * 0.75^8 = 3.6
+
+
 def test_no_rows() -> None:
     with pytest.raises(ValueError, match="no rows"):
         BatchStream([], 8, "s")

@@ -156,6 +156,30 @@ def test_olora_penalty_and_its_gradient(tiny_models: dict[str, Path]) -> None:
     assert method.penalty().item() == pytest.approx(0.0, abs=1e-3)
 
 
+def test_olora_keeps_the_first_pair_small_too(tiny_models: dict[str, Path]) -> None:
+    method, rows = start(tiny_models, "olora", olora=OLoRAConfig(orthogonal=0.5, norm=0.25))
+    method.begin_task(0, [])
+    method.lm.model.eval()
+    plain, count = method.lm.loss(method.lm.collate(rows[0][:2]))
+    norms = sum(part.norm().item() for _, part in method.arena.views(method.arena.data))
+    assert method.loss(rows[0][:2])[0].item() == pytest.approx(plain.item() + count * 0.25 * norms, rel=1e-5)
+
+
+def test_old_pairs_see_the_dropped_inputs_of_the_new_one(tiny_models: dict[str, Path]) -> None:
+    method, _ = start(tiny_models, "inclora", lora_dropout=0.5)
+    name, module = next(iter(method.layers.items()))
+    a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+    nn.init.normal_(b)
+    x = torch.randn(3, 5, a.shape[1])
+    changes = []
+    for old in ({}, {name: (a, b)}):
+        method.old = old
+        torch.manual_seed(0)
+        changes.append(module(x) - module.base_layer(x))
+    assert changes[0].any()
+    torch.testing.assert_close(changes[1], 2 * changes[0])
+
+
 def test_olora_without_penalty_is_inclora(tiny_models: dict[str, Path]) -> None:
     ends = []
     for name, options in (("inclora", {}), ("olora", {"olora": OLoRAConfig(orthogonal=0.0)}), ("olora", {})):
@@ -297,6 +321,15 @@ def test_vrmcl_round_is_its_equation(tiny_models: dict[str, Path]) -> None:
         theta, last_d, last_w = theta - 0.2 * d, d, w
         torch.testing.assert_close(arena.data, theta, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(arena.buffer("inner_rates"), alpha, rtol=1e-4, atol=1e-5)
+
+
+def test_vrmcl_learns_its_rates_over_all_tasks(tiny_models: dict[str, Path]) -> None:
+    method, rows = start(tiny_models, "vr-mcl", vrmcl=VRMCLConfig(inner_lr=0.05, inner_lr_lr=0.5))
+    train_task(method, 0, rows[0])
+    learned = {name: method.arena.buffer(name).clone() for name in ("inner_rates", "meta_gradient", "last_point")}
+    assert (learned["inner_rates"] != 0.05).any()
+    method.begin_task(1, rows[0][:3])
+    assert all(torch.equal(method.arena.buffer(name), values) for name, values in learned.items())
 
 
 @pytest.mark.parametrize("name", sorted(METHODS.keys() - {"mtl", "lfpt5"}))

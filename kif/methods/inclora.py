@@ -16,7 +16,7 @@ from kif.methods.lora_layers import lora_layers
 
 
 class IncLoRA(SingleAdapterMethod):
-    """y = W x + s sum_{k<t} B_k A_k x + s B_t A_t x; only A_t and B_t are trained in task t.
+    """y = W x + s sum_{k<t} B_k A_k x + s B_t A_t x; only A_t and B_t are trained in task t. LoRA's x is after dropout.
 
     The old pairs are kept as one pair each layer, [A_1; ...; A_{t-1}] and [B_1 ... B_{t-1}], whose product is the sum.
     A saved adapter is a plain LoRA of rank t * r with that and the new pair. What the adapter trains besides LoRA
@@ -32,7 +32,9 @@ class IncLoRA(SingleAdapterMethod):
         super().__init__(lm, config)
         self.layers = lora_layers(lm.model)
         self.old: dict[str, tuple[Tensor, Tensor]] = {}
+        self._inputs: dict[str, Tensor] = {}
         for name, module in self.layers.items():
+            module.lora_A["default"].register_forward_pre_hook(self._keeper(name))
             module.register_forward_hook(self._adder(name))
 
     def begin_task(self, index: int, memory: Sequence[Encoded]) -> None:
@@ -92,12 +94,19 @@ class IncLoRA(SingleAdapterMethod):
         """What the old B are applied to, of (rows, positions, old ranks)."""
         return hidden
 
+    def _keeper(self, name: str) -> Any:
+        def keep(module: Any, inputs: tuple[Tensor, ...]) -> None:
+            if name in self.old:
+                self._inputs[name] = inputs[0]
+
+        return keep
+
     def _adder(self, name: str) -> Any:
         def add(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if name not in self.old or module.disable_adapters:
                 return output
             a, b = self.old[name]
-            x = inputs[0].to(a.dtype)
+            x = self._inputs.pop(name).to(a.dtype)
             return output + (self._weigh_old(x @ a.T) @ b.T * module.scaling["default"]).to(output.dtype)
 
         return add

@@ -15,7 +15,8 @@ from kif.methods.inclora import IncLoRA
 class OLoRA(IncLoRA):
     """IncLoRA with loss + orthogonal * sum |A_old A_new^T| + norm * sum (||A_new||_2 + ||B_new||_2), over all layers.
 
-    The first sum is over the elements of the product of the stacked old A with the new one; the norms are not squared.
+    The first sum is over the elements of the product of the stacked old A with the new one, and empty in the first
+    task; the norms are not squared.
     """
 
     name = "olora"
@@ -25,9 +26,7 @@ class OLoRA(IncLoRA):
 
     def loss(self, rows: Sequence[Encoded]) -> tuple[Tensor, int]:
         loss, count = super().loss(rows)
-        if self.old:
-            loss = loss + count * self.penalty()
-        return loss, count
+        return loss + count * self.penalty(), count
 
     def penalty(self) -> Tensor:
         """The two terms, a 0-d tensor with gradient."""
@@ -35,7 +34,7 @@ class OLoRA(IncLoRA):
         total = torch.zeros((), device=self.arena.device)
         for name, module in self.layers.items():
             a, b = _weights(module)
-            if config.orthogonal:
+            if config.orthogonal and name in self.old:
                 total = total + config.orthogonal * (self.old[name][0] @ a.T).abs().sum()
             if config.norm:
                 total = total + config.norm * (a.norm() + b.norm())

@@ -57,7 +57,7 @@ class SAPT(IncLoRA):
         generator = torch.Generator().manual_seed(config.seed)
         attention = _Attention(size, config.sapt.bottleneck, generator).to(lm.device)
         lm.model.add_module("sapt_attention", attention)
-        key = torch.randn(size, generator=generator).to(lm.device)
+        key = torch.empty(size).uniform_(-1.0, 1.0, generator=generator).to(lm.device)
         lm.model.register_parameter("sapt_key", nn.Parameter(key))
         super().__init__(lm, config)
         self._old_keys = torch.empty(0, size, device=lm.device)
@@ -143,7 +143,7 @@ class SAPT(IncLoRA):
         key = self.lm.model.sapt_key
         self._old_keys = self.keys()
         generator = torch.Generator().manual_seed(self.config.seed * 1000 + index)
-        key.copy_(torch.randn(key.shape, generator=generator))
+        key.copy_(torch.empty(key.shape).uniform_(-1.0, 1.0, generator=generator))
 
     def _weigh_old(self, hidden: Tensor) -> Tensor:
         return self._mixer.spread(hidden, self._mixer.weights[:, :-1])

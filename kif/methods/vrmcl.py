@@ -25,9 +25,9 @@ class VRMCL(Method):
     d_b = g_b(w_b) + s * (d_{b-1} - g_b(w_{b-1})), both gradients on epsilon_b;   theta <- theta - eta * d_b
     alpha <- max(0, alpha + eta_alpha * d_b * sum of the round's inner gradients)
 
-    First order: the derivative of w_b by theta is taken as 1. Gradients are clipped to `max_grad_norm`. Without memory
-    (first task) the meta-gradient is of the last new batch. A round costs up to three more backward passes than its
-    steps.
+    First order: the derivative of w_b by theta is taken as 1. Gradients are clipped to `max_grad_norm`. Without an
+    outer step (first task; a last round too short for one) the meta-gradient is of the last new batch. Rates and d are
+    kept from task to task. A round costs up to three more backward passes than its steps.
     """
 
     name = "vr-mcl"
@@ -48,6 +48,7 @@ class VRMCL(Method):
         self._skip = torch.zeros((), dtype=torch.bool, device=device)
         self._steps = torch.zeros((), dtype=torch.float64, device=device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.arena.buffer("inner_rates").fill_(config.vrmcl.inner_lr)
 
     @property
     def skipped(self) -> int:
@@ -65,10 +66,6 @@ class VRMCL(Method):
         self._has_memory = bool(memory)
         self._inner_done = 0
         self._seen.clear()
-        self.arena.buffer("inner_rates").fill_(self.config.vrmcl.inner_lr)
-        # d_0 and w_0: the first round of a task has nothing to reduce the variance with
-        self.arena.buffers.pop("last_point", None)
-        self.arena.buffer("meta_gradient").zero_()
 
     def loss(self, rows: Rows) -> tuple[Tensor, int]:
         self._seen.append(rows)
