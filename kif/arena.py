@@ -110,6 +110,13 @@ class ParameterArena:
     def zero_grad(self) -> None:
         self.grad.zero_()
 
+    def changed(self) -> None:
+        """Tell autograd that the weights were written: it then refuses a backward pass through their old values.
+
+        A write to `data` is not noticed by itself, since each parameter counts its own changes.
+        """
+        torch.autograd.graph.increment_version(self._parameters)
+
     def check(self) -> None:
         """Make sure that every parameter and gradient still is its view; called at every step.
 
@@ -207,6 +214,8 @@ def _check_parameters(named: list[tuple[str, nn.Parameter]]) -> None:
     for name, parameter in named:
         if not parameter.requires_grad:
             raise ArenaError(f"parameter {name} does not require a gradient")
+        if not parameter.numel():
+            raise ArenaError(f"parameter {name} has no elements: freeze it (requires_grad_(False))")
         if parameter.dtype != torch.float32:
             raise ArenaError(
                 f"parameter {name} is {parameter.dtype}; the arena holds float32 master weights, cast it first"

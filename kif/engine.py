@@ -162,6 +162,7 @@ class RecurrentKIF:
                 self._weighted_fusion()
         else:
             self._masked_fusion()
+        arena.changed()
         self.rounds += 1
         self._begin_round()
 

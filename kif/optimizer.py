@@ -142,6 +142,7 @@ class ArenaAdamW:
             zero_grad=True,
             **fused,
         )
+        arena.changed()
 
     def _norm(self, shards: dist.ProcessGroup) -> Tensor:
         """The gradient's norm over all shards, float32, 0-d."""
@@ -153,7 +154,7 @@ class ArenaAdamW:
 
     def _score_gradient(self, scoring: Scoring) -> None:
         grad = self.arena.grad * self._scale if scoring.after_update else self.arena.grad
-        one = torch.ones((), device=grad.device).expand_as(grad)
+        one = torch.ones_like(grad)
         options: dict[str, Any] = {
             "reset": scoring.reset, "skip": self._skip, "histogram": scoring.histogram, "window": scoring.window,
         }  # fmt: skip

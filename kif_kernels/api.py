@@ -39,6 +39,8 @@ def gradient_state_(
     norm <- inv_scale * ||grad||_2;  scale <- min(1, max_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_
     skip <- norm is not finite (one that overflows float32 counts as that);  step += not skip;  skipped += skip
 
+    The kernels add the squares of 16,384 elements in float32, so there 1e17 in each of them counts as overflow too.
+
     Args:
         grad: float32, bfloat16 or float16, any shape; unchanged. Reads it once.
         scale: 0-d float32, overwritten. 1 when max_norm is 0 (no clipping) or the norm is not finite.
@@ -86,7 +88,7 @@ def importance_ema_(
         histogram, window: of `StreamingThreshold`: the new scores are counted into it on the way.
 
     Returns: importance.
-    Raises: ValueError for shapes that differ, a decay outside [0, 1] or a dtype that is not among these.
+    Raises: ValueError for shapes or devices that differ, a decay outside [0, 1] or a dtype that is not among these.
     """
     _check_importance(importance, weight, grad, decay, skip, histogram, window)
     ops.importance_ema_(importance, weight, grad, decay, reset, None, 0.0, skip, histogram, window)
@@ -193,7 +195,7 @@ def adamw_importance_(
         "snapshot_after": snapshot_after,
         "shadow": shadow,
     }
-    check_same_shape("weight", shape, tensors)
+    check_same_shape("weight", shape, device, tensors)
     if importance is not None:
         _check_importance(importance, weight, grad, decay, skip, histogram, window)
     elif uncertainty is not None or histogram is not None:
@@ -344,7 +346,7 @@ def fuse_(
     check_dtype(scores, STATE_DTYPES)
     check_dtype({"shadow": shadow}, (torch.bfloat16, torch.float16))
     tensors = {"theta_start": theta_start, "theta_inner": theta_inner, "shadow": shadow, **scores}
-    check_same_shape("theta", theta.shape, tensors)
+    check_same_shape("theta", theta.shape, theta.device, tensors)
     if (uncertainty_in is None) != (uncertainty_out is None):
         raise ValueError("uncertainty_in and uncertainty_out are given together or not at all")
     if numel is None:
@@ -355,14 +357,14 @@ def fuse_(
     if segments is None:
         check_scalars(theta.device, thresholds)
     else:
-        check_same_shape("segments", torch.Size([len(segments)]), thresholds)
+        check_same_shape("segments", torch.Size([len(segments)]), theta.device, thresholds)
         if theta.dim() != 1 or segments.end > theta.numel():
             raise ValueError(
                 f"segments end at {segments.end}; theta must be flat and as long, it is {tuple(theta.shape)}"
             )
     if kept is not None:
         check_dtype({"kept": kept}, (torch.int64,))
-        check_same_shape("the three masks", torch.Size([3]), {"kept": kept})
+        check_same_shape("the three masks", torch.Size([3]), theta.device, {"kept": kept})
     counts = (
         kept if kept is None or kept.is_contiguous() else torch.zeros_like(kept, memory_format=torch.contiguous_format)
     )
@@ -408,13 +410,13 @@ def _check_importance(
 ) -> None:
     check_dtype({"importance": importance}, STATE_DTYPES)
     check_dtype({"weight": weight, "grad": grad}, VALUE_DTYPES)
-    check_same_shape("weight", weight.shape, {"importance": importance, "grad": grad})
+    check_same_shape("weight", weight.shape, weight.device, {"importance": importance, "grad": grad})
     check_unit("decay", decay)
     check_scalars(weight.device, {"skip": skip})
-    check_histogram(histogram, window)
+    check_histogram(importance.device, histogram, window)
 
 
 def _check_uncertainty(importance: Tensor, uncertainty: Tensor, uncertainty_decay: float) -> None:
     check_dtype({"uncertainty": uncertainty}, (importance.dtype,))
-    check_same_shape("importance", importance.shape, {"uncertainty": uncertainty})
+    check_same_shape("importance", importance.shape, importance.device, {"uncertainty": uncertainty})
     check_unit("uncertainty_decay", uncertainty_decay)

@@ -30,11 +30,18 @@ def check_unit(name: str, value: float) -> None:
         raise ValueError(f"{name} must lie in [0, 1], got {value}")
 
 
-def check_same_shape(of: str, shape: torch.Size, tensors: Mapping[str, Tensor | None]) -> None:
-    """Every given tensor has the shape of the one named `of`."""
+def check_same_shape(of: str, shape: torch.Size, device: torch.device, tensors: Mapping[str, Tensor | None]) -> None:
+    """Every given tensor has the shape of what is named `of`, and lies on the same device."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, {of} has {tuple(shape)}")
+    check_device(of, device, tensors)
+
+
+def check_device(of: str, device: torch.device, tensors: Mapping[str, Tensor | None]) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, {of} on {device}")
 
 
 def check_dtype(tensors: Mapping[str, Tensor | None], allowed: Sequence[torch.dtype]) -> None:
@@ -51,7 +58,7 @@ def check_scalars(device: torch.device, tensors: Mapping[str, Tensor | None]) ->
             raise ValueError(f"{name} must be a 0-d tensor on {device}, got {tuple(tensor.shape)} on {tensor.device}")
 
 
-def check_histogram(histogram: Tensor | None, window: Tensor | None) -> None:
+def check_histogram(device: torch.device, histogram: Tensor | None, window: Tensor | None) -> None:
     """Both or none, as `StreamingThreshold` hands them out."""
     if (histogram is None) != (window is None):
         raise ValueError("histogram and window are given together or not at all")
@@ -60,6 +67,7 @@ def check_histogram(histogram: Tensor | None, window: Tensor | None) -> None:
             tensor.shape == (size,) and tensor.dtype == torch.int64 and tensor.is_contiguous()
         ):
             raise ValueError(f"{name} must be int64 [{size}] and contiguous, got {tensor.dtype} {tuple(tensor.shape)}")
+    check_device("importance", device, {"histogram": histogram, "window": window})
 
 
 def check_numel(importance: Tensor, numel: int | None) -> int:
@@ -75,6 +83,7 @@ def check_scores(
     sides: int,
     segments: Segments | None,
     numels: Sequence[int],
+    device: torch.device,
 ) -> None:
     if len(scores) != sides or len(factors) not in (0, sides):
         raise ValueError(f"{len(scores)} score and {len(factors)} factor buffers for {sides} sides")
@@ -82,9 +91,10 @@ def check_scores(
     for name, tensors in (("scores", scores), ("factors", factors)):
         for i, tensor in enumerate(tensors):
             check_dtype({f"{name}[{i}]": tensor}, STATE_DTYPES)
+            check_device("the threshold", device, {f"{name}[{i}]": tensor})
             if tensor.numel() != scores[0].numel():
                 raise ValueError(f"{name}[{i}] has {tensor.numel()} elements, scores[0] has {scores[0].numel()}")
             if tensor.numel() < needed:
                 raise ValueError(f"{name}[{i}] has {tensor.numel()} elements, {needed} are to be ranked")
     for i, tensor in enumerate(factors):
-        check_same_shape(f"scores[{i}]", scores[i].shape, {f"factors[{i}]": tensor})
+        check_same_shape(f"scores[{i}]", scores[i].shape, device, {f"factors[{i}]": tensor})

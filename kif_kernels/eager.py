@@ -235,8 +235,9 @@ def _fuse_part(
         else:
             # 0 * inf is not 0, but a task vector of weight 0 may hold anything
             reference.fuse_(
-                theta, start, inner, i_in, i_out, u_in, u_out, torch.tensor(limits[0]), torch.tensor(limits[1]),
-                weights, strict, write_start, None, None, theta.numel(), (), (), None,
+                theta, start, inner, i_in, i_out, u_in, u_out, torch.tensor(limits[0], dtype=torch.float32),
+                torch.tensor(limits[1], dtype=torch.float32), weights, strict, write_start, None, None, theta.numel(),
+                (), (), None,
             )  # fmt: skip
         if low is not None:
             low.copy_(theta)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ._ops import add_op_namespace_prefix
+from ._ops import add_op_namespace_prefix, ops
 from .backend import implementation
 
 SCHEMAS = {
@@ -37,8 +37,14 @@ _library = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"),
 
 
 def _on_device(name: str) -> Callable[..., None]:
+    arguments = getattr(ops, name).default._schema.arguments
+    written = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
+
     def run(*args: Any) -> None:
         getattr(implementation(args[0].device.type), name)(*args)
+        # kernels write behind autograd's back: without this a graph made before would be run with the new values
+        changed = [args[i] for i in written if args[i] is not None and not args[i].is_inference()]
+        torch.autograd.graph.increment_version(changed)
 
     return run
 

@@ -224,7 +224,8 @@ def _fuse_part(
     fused = theta_start.clone()
     for tau, column in ((theta_inner - theta_start, 0), (theta - theta_inner, 1)):
         both, inner_only, outer_only, neither = weights[column::2]
-        w = torch.where(m_in, torch.where(m_out, both, inner_only), torch.where(m_out, outer_only, neither))
+        w = torch.full_like(tau, neither).masked_fill(m_out, outer_only)
+        w = w.masked_fill(m_in, inner_only).masked_fill(m_in & m_out, both)
         fused += torch.where(w == 0, 0.0, w * tau)
     theta.copy_(fused)
     if write_start:

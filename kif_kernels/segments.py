@@ -28,6 +28,7 @@ class Segments:
 
     starts: tuple[int, ...]
     numels: tuple[int, ...]
+    _sizes: dict[torch.device, Tensor] = field(default_factory=dict, init=False, compare=False, repr=False)
     _chunks: dict[torch.device, Tensor] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -54,6 +55,12 @@ class Segments:
     def end(self) -> int:
         """Elements a buffer must have."""
         return self.starts[-1] + self.numels[-1]
+
+    def sizes(self, device: torch.device) -> Tensor:
+        """float64 [segments] on `device`: `numels`; cached."""
+        if device not in self._sizes:
+            self._sizes[device] = torch.tensor(self.numels, dtype=torch.float64, device=device)
+        return self._sizes[device]
 
     def chunks(self, device: torch.device) -> Tensor:
         """int64 [chunks, 3] on `device`: (segment, first element, number of elements) of every chunk; cached."""

@@ -58,7 +58,7 @@ def thresholds_(
         x = _ranked(importance, factors[side] if factors else None)
         parts = [x[a : a + n] for a, n in zip(starts, numels, strict=True)] if starts else [x]
         rows.append([kth_largest(part, k) for part, k in zip(parts, ranks.tolist(), strict=True)])
-    thresholds.copy_(torch.tensor(rows))
+    thresholds.copy_(torch.tensor(rows, dtype=torch.float32))
 
 
 def kth_largest(x: Tensor, k: int) -> float:

@@ -39,7 +39,7 @@ def sharded_threshold(
     """
     own = check_numel(importance, numel)
     check_dtype({"importance": importance, "uncertainty": uncertainty}, STATE_DTYPES)
-    check_same_shape("importance", importance.shape, {"uncertainty": uncertainty})
+    check_same_shape("importance", importance.shape, importance.device, {"uncertainty": uncertainty})
     device = importance.device
     several = dist.is_available() and dist.is_initialized()
     if total is None:

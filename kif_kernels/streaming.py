@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._ops import ops
 from .backend import backend_name
-from .checks import check_scores, mask_size
+from .checks import check_scores, check_unit, mask_size
 from .layout import APPROXIMATE_LIMIT, BINS, LEVELS, ROW, WHOLE_SHIFT
 from .segments import Segments
 
@@ -58,9 +58,15 @@ class StreamingThreshold:
         self._numels = (numel,) if segments is None else segments.numels
         groups = len(self._numels)
         self.thresholds = torch.zeros(sides, groups, dtype=torch.float32, device=device)
+        # a copy from the host would wait for the device: one number is filled in, several are kept with the segments
+        self._sizes = segments.sizes(device) if segments is not None and len(set(self._numels)) > 1 else None
         self._ranks = torch.empty(groups, dtype=torch.int64, device=device)
         self._limits = torch.empty(groups, dtype=torch.int64, device=device)
-        _fill(self._limits, [0 if exact else math.floor(APPROXIMATE_LIMIT * n) for n in self._numels])
+        limit = 0.0 if exact else APPROXIMATE_LIMIT
+        if self._sizes is None:
+            self._limits.fill_(math.floor(limit * self._numels[0]))
+        else:
+            self._limits.copy_((limit * self._sizes).floor())
         self._histograms: Tensor | None = None
         self._state: Tensor | None = None
         if backend_name(device.type) in ("triton", "interpret"):
@@ -71,13 +77,19 @@ class StreamingThreshold:
 
     def set_density(self, density: float | Tensor) -> None:
         """Use another density from the next selection on."""
+        if self._sizes is None and not isinstance(density, Tensor):
+            self._ranks.fill_(mask_size(density, self._numels[0]))
+            return
+        n = self._sizes
+        if n is None:
+            n = torch.full((), self._numels[0], dtype=torch.float64, device=self._ranks.device)
         if isinstance(density, Tensor):
-            n = torch.tensor(self._numels, dtype=torch.float64, device=self._ranks.device)
             # float32 0.2 is a little more than 0.2, and 0.2 of 10 is 2
             k = (density.to(torch.float64) * n * (1.0 - torch.finfo(density.dtype).eps)).ceil()
-            self._ranks.copy_(torch.minimum(k.clamp(min=1.0), n))
         else:
-            _fill(self._ranks, [mask_size(density, n) for n in self._numels])
+            check_unit("density", density)
+            k = (density * n * (1.0 - 2.0**-52)).ceil()  # as mask_size
+        self._ranks.copy_(torch.minimum(k.clamp(min=1.0), n))
 
     def set_rank(self, k: int) -> None:
         """Select the k-th largest of every group, whatever the density; k counts from 1."""
@@ -143,8 +155,8 @@ class StreamingThreshold:
         Returns: float32 [sides, groups], overwritten by the next call.
         Raises: ValueError when buffers do not fit.
         """
-        check_scores(scores, factors, self.sides, self.segments, self._numels)
         segments, device = self.segments, self.thresholds.device
+        check_scores(scores, factors, self.sides, segments, self._numels, device)
         counted = counted and segments is None
         if self._histograms is not None and not counted:
             # counts of a round that was not ended
@@ -163,11 +175,3 @@ class StreamingThreshold:
             segments.chunks(device) if segments else None,
         )
         return self.thresholds
-
-
-def _fill(target: Tensor, values: list[int]) -> None:
-    """Set a device tensor; without a copy from the host, which would wait for it, where all values are equal."""
-    if len(set(values)) == 1:
-        target.fill_(values[0])
-    else:
-        target.copy_(torch.tensor(values))

@@ -126,6 +126,7 @@ def test_what_cannot_be_in_an_arena_is_named() -> None:
         ([("a", nn.Parameter(torch.zeros(2), requires_grad=False))], "a does not require"),
         ([("a", nn.Parameter(torch.zeros(2, dtype=torch.bfloat16)))], "a is torch.bfloat16"),
         ([("a", p), ("b", nn.Parameter(torch.zeros(2, device="meta")))], "b is on meta"),
+        ([("a", p), ("b", nn.Parameter(torch.zeros(0, 3)))], "b has no elements"),
     ]
     for parameters, message in cases:
         with pytest.raises(ArenaError, match=message):

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +19,7 @@ from benchmarks.contract.counts import INNER_STEPS, SHAPES, Counts, counting, ne
 from kif.config import KIFConfig
 from kif.engine import RecurrentKIF
 
+ROOT = Path(__file__).parents[1]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 CONFIG = KIFConfig(inner_steps=2, outer_steps=1)
 
@@ -52,6 +57,34 @@ def test_no_launch_and_no_sync_was_added(counted: dict[str, Any]) -> None:
     assert recorded is not None, f"to record it: {check.ACCEPT}"
     worse, _ = check.count_changes(recorded, counted)
     assert not worse, "\n".join([*worse, f"if that is justified: {check.ACCEPT}"])
+
+
+@needs_triton
+def test_thresholds_of_any_kind_do_not_wait_for_the_host() -> None:
+    code = """
+import torch
+import kif_kernels as kk
+from benchmarks.contract.counts import Counts, counting
+
+x, density = torch.rand(96), torch.tensor(0.2)
+segments = kk.Segments.of([(0, 40), (48, 48)])
+calls = {
+    "number": lambda: kk.importance_threshold(x, 0.2),
+    "tensor": lambda: kk.importance_threshold(x, density, exact=False),
+    "segments": lambda: kk.importance_thresholds(x, 0.2, segments),
+    "segments, tensor": lambda: kk.importance_thresholds(x, density, segments, exact=False),
+    "quantile": lambda: kk.importance_quantile(x, 0.2),
+}
+for name, call in calls.items():
+    call()  # what is kept of segments is copied once
+    counts = Counts()
+    with counting(counts):
+        call()
+    assert counts.kernels and not counts.syncs, (name, counts)
+"""
+    environment = os.environ | check.INTERPRET | {"KIF_BACKEND": "interpret"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_recorded_comparison_is_of_the_same_round() -> None:

@@ -323,6 +323,21 @@ def test_state_continues_in_the_middle_of_a_round_bit_for_bit(preset: str) -> No
     assert all(torch.equal(a.arena.buffer(n), b.arena.buffer(n)) for n in a.arena.buffers)
 
 
+@pytest.mark.parametrize("change", ["inner step", "outer step", "fuse"])
+def test_a_backward_pass_through_old_weights_is_refused(change: str) -> None:
+    kif, parameters = engine(KIFConfig(inner_steps=2, outer_steps=1))
+    done = {"inner step": 0, "outer step": 1, "fuse": 2}[change]
+    steps = [lambda: kif.inner_step(LR), lambda: kif.outer_step(LR), kif.fuse]
+    for step in steps[:done]:
+        feed(parameters, gradients(done))
+        step()
+    loss = torch.stack([parameter.square().sum() for parameter in parameters.values()]).sum()
+    feed(parameters, gradients(done))
+    steps[done]()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_steps_out_of_order_are_refused() -> None:
     kif, _ = engine(KIFConfig())
     with pytest.raises(RuntimeError, match="outer_step before inner_step"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import pytest
@@ -128,6 +129,29 @@ def test_the_schema_names_all_that_changes(monkeypatch: pytest.MonkeyPatch, name
         elif isinstance(before, Tensor):
             mutated = declared.alias_info is not None and declared.alias_info.is_write
             assert torch.equal(before, now) != mutated or declared.name in unused, declared.name
+
+
+@pytest.mark.parametrize("name", list(SCHEMAS))
+def test_autograd_notices_what_is_written(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    module = types.SimpleNamespace(**{name: lambda *args: None})  # a kernel writes without PyTorch
+    monkeypatch.setattr("kif_kernels.ops.implementation", lambda device: module)
+    arguments = copied(list(calls()[name][1]))
+    operation = getattr(torch.ops.kif, name).default
+    before = [x._version if isinstance(x, Tensor) else None for x in arguments]
+    operation(*arguments)
+    for declared, version, now in zip(operation._schema.arguments, before, arguments, strict=True):
+        if version is not None:
+            mutated = declared.alias_info is not None and declared.alias_info.is_write
+            assert (now._version > version) == mutated, declared.name
+
+
+def test_operations_work_in_inference_mode() -> None:
+    normal = torch.ones(4)
+    with torch.inference_mode():
+        made = torch.ones(4)
+        for importance in (made, normal):
+            kk.importance_ema_(importance, torch.full((4,), 3.0), torch.ones(4), 0.5)
+    assert made.tolist() == normal.tolist() == [2.0] * 4
 
 
 def phases(

@@ -131,6 +131,49 @@ def test_threshold_is_the_kth_largest(n: int, seed: int, density: float, padding
     assert torch.equal(kk.importance_threshold(padded, density, numel=n), threshold)
 
 
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(monkeypatch: pytest.MonkeyPatch, backend: str, dtype: torch.dtype) -> None:
+    monkeypatch.setenv("KIF_BACKEND", backend)
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.rand(1000, generator=generator, dtype=torch.float32) * 1e-8 for _ in range(2)]
+    values = [torch.randn(1000, generator=generator, dtype=torch.float32) for _ in range(3)]
+    values[0][3] = math.inf  # the chunk with it takes the definition
+    found = []
+    for default in (torch.float32, dtype):
+        torch.set_default_dtype(default)
+        try:
+            limits = [kk.importance_threshold(score, 0.2) for score in scores]
+            theta, start, inner = (value.clone() for value in values)
+            kk.fuse_(theta, start, inner, *scores, *limits, kk.RELEASED_CODE)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert [int((score >= limit).sum()) for score, limit in zip(scores, limits, strict=True)] == [200, 200]
+        found.append(theta)
+    assert found[1].dtype == torch.float32 and torch.equal(*(t.nan_to_num(nan=1.5) for t in found))
+
+
+def test_what_lies_on_another_device_is_named() -> None:
+    x, away = torch.rand(32), torch.rand(32, device="meta")
+    histogram, window = torch.zeros(512, dtype=torch.int64, device="meta"), torch.zeros(2, dtype=torch.int64)
+    adamw = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "step": 1}
+    limit = torch.tensor(0.5)
+    calls = {
+        "grad": lambda: kk.importance_ema_(x, x, away, 0.5),
+        "importance": lambda: kk.importance_ema_(away, x, x, 0.5),
+        "uncertainty": lambda: kk.importance_uncertainty_ema_(x, away, x, x, 0.5, 0.5),
+        "histogram": lambda: kk.importance_ema_(x, x, x, 0.5, histogram=histogram, window=window),
+        "exp_avg": lambda: kk.adamw_importance_(x, x, away, x, None, **adamw),
+        "theta_start": lambda: kk.fuse_(x, away, x, x, x, limit, limit),
+        "importance_out": lambda: kk.fuse_(x, x, x, x, away, limit, limit),
+        "kept": lambda: kk.fuse_(x, x, x, x, x, limit, limit, kept=torch.zeros(3, dtype=torch.int64, device="meta")),
+        r"scores\[0\]": lambda: kk.StreamingThreshold(0.2, 32).select((away,)),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"{name} is on meta"):
+            call()
+
+
 def test_mask_size_takes_the_density_as_the_decimal_it_is() -> None:
     assert [kk.mask_size(0.1, 30), kk.mask_size(0.2, 5), kk.mask_size(0.2, 6)] == [3, 1, 2]
     assert [kk.mask_size(0.0, 7), kk.mask_size(1.0, 7), kk.mask_size(1e-9, 7)] == [1, 7, 1]
