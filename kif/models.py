@@ -234,11 +234,9 @@ def _load_base(
     """The base model, and the names of those of its layers that the checkpoint does not hold."""
     import transformers
 
-    # T5's `wo` must not pass through bf16; transformers keeps it in fp32 for fp16 only
-    wo_in_fp32 = family == "encoder-decoder" and "t5" in model_config.model_type and config.precision == "bf16"
     options: dict[str, Any] = {
         "config": model_config,
-        "dtype": torch.bfloat16 if config.precision == "bf16" and not wo_in_fp32 else torch.float32,
+        "dtype": torch.bfloat16 if config.precision == "bf16" else torch.float32,
         "trust_remote_code": False,
         "output_loading_info": True,
         **quantized,
@@ -253,10 +251,6 @@ def _load_base(
     else:
         auto = transformers.AutoModel
     base, info = auto.from_pretrained(name, **options)
-    if wo_in_fp32:
-        for parameter_name, parameter in base.named_parameters():
-            if "wo" not in parameter_name.split(".") and parameter.is_floating_point():
-                parameter.data = parameter.data.to(torch.bfloat16)
 
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -48,7 +48,7 @@ def shard_base(model: nn.Module, device: torch.device | None = None) -> None:
         for parameter_name, parameter in frozen.items():
             if not parameter.dtype.is_floating_point:
                 raise ValueError(f"{name}.{parameter_name} is {parameter.dtype}: a quantised base cannot be split")
-        # FSDP wants one dtype in a group: of a bf16 T5, the layers `wo` are fp32
+        # FSDP wants one dtype in a group, and some models keep parts in fp32
         usual = Counter(parameter.dtype for parameter in frozen.values()).most_common(1)[0][0]
         for module in layer.modules():
             own = [p for p in module.parameters(recurse=False) if p not in trained]

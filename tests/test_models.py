@@ -166,13 +166,7 @@ def test_a_model_without_gradient_checkpointing_is_refused(folders: Folders, mon
 def test_bf16(folders: Folders, kind: str, head: Any) -> None:
     lm, exact = load(folders[kind], precision="bf16", head=head), load(folders[kind], head=head)
     for name, parameter in lm.model.named_parameters():
-        full = parameter.requires_grad or (kind == "t5" and ".wo." in name)
-        assert parameter.dtype == (torch.float32 if full else torch.bfloat16), name
-    if kind == "t5":
-        # wo never passes through bf16
-        weights = dict(exact.model.named_parameters())
-        feed_forward = {name: p for name, p in lm.model.named_parameters() if ".wo." in name}
-        assert len(feed_forward) == 2 and all(torch.equal(p, weights[name]) for name, p in feed_forward.items())
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), name
     rows = lm.encode(TOPICS, TOPICS.train)
     lm.model.eval()
     exact.model.eval()
