@@ -1,24 +1,27 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in calls of at most 8 minutes and without a network:
+# Everything that needs a GPU, in calls of at most 10 minutes and without a network:
 #
-#     benchmarks/gpu.sh OUT [DEVICE] [kernels|steps|graphs|compile|shapes]
+#     benchmarks/gpu.sh OUT [DEVICE] [kernels|graphs|steps|shapes|compile|decode]
 #
-# kernels (the default): correctness of every kernel on the device, the static contract with this machine's triton, microbenchmarks, the
-# regression gate (its self-test, and against a recorded result of the same GPU, torch and triton), and where ncu runs
-# what limits each kernel. Writes JSON, tables and the roofline plot to OUT. Needs torch, triton, pytest and hypothesis;
-# a plain checkout will do.
+# In this order while time lasts; the first three take about 25 minutes. What a part measures is in OUT as soon as it is
+# known: one that fails, or that its time is up for, costs no other.
 #
-# steps: rounds of training taken apart (benchmarks.train_step) at the shapes of T5-large and LLaMA-2 7B, against
-# transformers' Trainer and per-tensor bookkeeping, and the loss trajectory of the last two. Needs transformers and peft,
-# the Trainer accelerate too.
+# kernels (the default): correctness of every kernel on the device, microbenchmarks, the regression gate (its self-test,
+# and against a recorded result of the same GPU, torch and triton), and where ncu runs what limits each kernel. Writes
+# JSON, tables and the roofline plot to OUT. Needs torch, triton, pytest and hypothesis; a plain checkout will do. The
+# static contract needs no GPU: python -m benchmarks.contract.
 #
-# graphs: that recorded passes are the launched ones, on tiny models; then the same rounds with the adapter's products in
-# bf16, with passes replayed as CUDA graphs, with liger-kernel where it is installed, with gradient checkpointing.
+# graphs: that recorded passes are the launched ones, on tiny models; then rounds of training (benchmarks.train_step) at
+# the shapes of T5-large and LLaMA-2 7B by transformers' Trainer, by kif, with the adapter's products in bf16, with
+# passes replayed as CUDA graphs, with norms as single operations, with liger-kernel where it is installed, with gradient
+# checkpointing. Needs transformers and peft, the Trainer accelerate too.
 #
-# compile: with torch.compile, which takes its time first, alone and inside the graphs; short answers with a static
-# cache, for which transformers compiles the decoding step.
+# steps: the same rounds against the Trainer and per-tensor bookkeeping, and the loss trajectory of the last two.
 #
 # shapes: FLAN-T5-XL, and LLaMA-2 13B with 4 rows. Everywhere dropout is that of Appendix D but for the trajectories.
+#
+# compile: T5-large with torch.compile inside the graphs, which takes minutes to trace. decode: short answers with a
+# static cache, for which transformers compiles the decoding step.
 #
 # DEVICE=cpu tries the script itself on a machine without a GPU, with tiny sizes.
 set -uo pipefail
@@ -70,30 +73,6 @@ step() {
 
 real=(--precision bf16 --dropout)
 
-if [ "$part" = compile ]; then
-  if [ "$device" = cpu ]; then
-    lines=3 stage decode 100 "$python" -m benchmarks.decode --device cpu --length 32 --repeats 2 --json "$out/decode.json"
-    step compile 300 --model tiny-t5 --precision bf16 --length 32 --rounds 2 --contenders kif kif-bf16 kif-bf16-compile
-  else
-    step compile 210 --model t5-large "${real[@]}" --contenders kif-bf16 kif-bf16-compile kif-bf16-compile-graph
-    for model in t5-large llama2-7b; do
-      lines=3 stage "decode-$model" 50 "$python" -m benchmarks.decode --model "$model" --precision bf16 --json "$out/decode-$model.json"
-    done
-    step llama2-7b-compile 160 --model llama2-7b "${real[@]}" --rounds 2 --contenders kif-bf16 kif-bf16-compile-graph
-  fi
-  finish
-fi
-
-if [ "$part" = shapes ]; then
-  if [ "$device" = cpu ]; then
-    step shapes 120 --model tiny-llama "${real[@]}" --outer-steps 1 --length 32 --rounds 2 --contenders trainer kif-bf16
-  else
-    step flan-t5-xl 200 --model flan-t5-xl "${real[@]}" --contenders trainer kif-bf16 kif-bf16-graph
-    step llama2-13b 250 --model llama2-13b "${real[@]}" --batch 4 --rounds 2 --contenders trainer kif-bf16 kif-bf16-graph
-  fi
-  finish
-fi
-
 if [ "$part" = graphs ]; then
   if [ "$device" = cpu ]; then
     stage captured 120 "$python" -m pytest -q tests/test_captured.py -k "few_shapes or gpu"
@@ -102,10 +81,11 @@ if [ "$part" = graphs ]; then
     liger=()
     "$python" -c "import liger_kernel" 2>/dev/null && liger=(kif-bf16-liger kif-bf16-liger-graph)
     stage captured 60 "$python" -m pytest -q tests/test_captured.py -k gpu
-    step graphs 150 --model t5-large "${real[@]}" --turns 2 --contenders trainer kif kif-bf16 kif-bf16-graph
-    step graphs-trajectory 60 --model t5-large --precision bf16 --length 128 --trajectory 200 --contenders kif-bf16-graph
-    step llama2-7b-graphs 200 --model llama2-7b "${real[@]}" --rounds 2 --contenders \
-      kif kif-bf16 kif-bf16-graph kif-checkpointing "${liger[@]}"
+    step graphs 160 --model t5-large "${real[@]}" --rounds 5 --contenders \
+      trainer kif-bf16-graph kif kif-bf16 kif-bf16-norm-graph
+    step graphs-trajectory 90 --model t5-large --precision bf16 --length 128 --trajectory 200 --contenders kif-bf16-graph
+    step llama2-7b-graphs 260 --model llama2-7b "${real[@]}" --rounds 2 --contenders \
+      trainer kif-bf16-graph kif-bf16 kif-bf16-norm-graph "${liger[@]}" kif kif-checkpointing
   fi
   finish
 fi
@@ -123,8 +103,37 @@ if [ "$part" = steps ]; then
   finish
 fi
 
+if [ "$part" = shapes ]; then
+  if [ "$device" = cpu ]; then
+    step shapes 120 --model tiny-llama "${real[@]}" --outer-steps 1 --length 32 --rounds 2 --contenders trainer kif-bf16
+  else
+    step flan-t5-xl 220 --model flan-t5-xl "${real[@]}" --contenders trainer kif-bf16 kif-bf16-graph
+    step llama2-13b 270 --model llama2-13b "${real[@]}" --batch 4 --rounds 2 --contenders trainer kif-bf16 kif-bf16-graph
+  fi
+  finish
+fi
+
+if [ "$part" = compile ]; then
+  if [ "$device" = cpu ]; then
+    step compile 300 --model tiny-t5 --precision bf16 --length 32 --rounds 2 --contenders kif kif-bf16 kif-bf16-compile
+  else
+    step compile 560 --model t5-large "${real[@]}" --contenders kif-bf16-graph kif-bf16-compile-graph
+  fi
+  finish
+fi
+
+if [ "$part" = decode ]; then
+  if [ "$device" = cpu ]; then
+    lines=3 stage decode 100 "$python" -m benchmarks.decode --device cpu --length 32 --repeats 2 --json "$out/decode.json"
+  else
+    for model in t5-large llama2-7b; do
+      lines=3 stage "decode-$model" 270 "$python" -m benchmarks.decode --model "$model" --precision bf16 --json "$out/decode-$model.json"
+    done
+  fi
+  finish
+fi
+
 stage correctness 110 "${tests[@]}"
-stage contract 45 "$python" -m benchmarks.contract
 lines=60 stage kernels $((budget + 40)) "$python" -m benchmarks.kernels --device "$device" --sets "$sets" \
   --variants bf16 --budget "$budget" --quiet --json "$out/kernels.json" --plot "$out/roofline.png"
 
@@ -140,7 +149,7 @@ if [ -n "$recorded" ]; then
 else
   echo "== gate-recorded: no result of this GPU, torch and triton is recorded"
 fi
-lines=16 stage gate 100 "$python" -m benchmarks.gate self-test --device "$device" "${gate_options[@]}"
+lines=16 stage gate 170 "$python" -m benchmarks.gate self-test --device "$device" "${gate_options[@]}"
 
 if $profile && command -v ncu >/dev/null; then
   lines=40 stage limits 45 ncu --clock-control none --csv --page raw --kernel-name regex:_kernel \

@@ -40,6 +40,8 @@ class Machine:
         self.device = torch.device(device)
         self.cuda = self.device.type == "cuda"
         if self.cuda:
+            if self.device.index is None:
+                self.device = torch.device("cuda", torch.cuda.current_device())
             torch.cuda.set_device(self.device)
             self.cache_bytes = int(torch.cuda.get_device_properties(self.device).L2_cache_size)
             size = max(FLUSH_BYTES, 2 * self.cache_bytes)
@@ -114,6 +116,7 @@ class Machine:
 def environment(device: torch.device) -> dict[str, Any]:
     """What a result depends on, for the JSON: versions, devices, revision, date."""
     env: dict[str, Any] = {
+        **{name: _version(name) for name in ("transformers", "peft", "accelerate", "liger-kernel") if _version(name)},
         "device": str(device),
         "gpu": None,
         "cpu": _cpu_model(),
@@ -121,6 +124,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cuda_runtime": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
         "driver": None,
         "python": platform.python_version(),
         "git_revision": git_revision(),

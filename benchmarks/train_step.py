@@ -7,11 +7,12 @@ Contenders: `trainer`, LoRA replay by transformers' Trainer and PEFT; `per-tenso
 with plain PyTorch, one tensor after the other; `kif`, the same with the arena and its fused operations, and `kif-` with
 parts: `bf16`, the adapter's products in bf16 too (`adapter_precision`, for --precision bf16); `checkpointing`, gradient
 checkpointing; `graph`, forward and backward replayed as a CUDA graph (`cuda_graphs`), which counts as backward;
-`compile`, the model by torch.compile, and `liger`, the model's layers by liger-kernel (Llama-like, installed), neither
-of which the product does. All make the same number of optimizer steps on rows of the same length. Weights are random,
-which does not matter for time. Each contender runs in a process of its own, in turn, so that its peak memory is its
-own. With --trajectory the losses of `per-tensor` and another contender on the same rows from the same weights are
-compared instead.
+`compile`, the model by torch.compile, `liger`, the model's layers by liger-kernel (Llama-like, installed), and `norm`,
+its norms as one operation of torch each, none of which the product does. All make the same number of optimizer steps on
+rows of the same length, with the same implementations of attention (`kif.attention`). Weights are random, which does
+not matter for time. Each contender runs in a process of its own, in turn, so that its peak memory is its own. With
+--trajectory the losses of `per-tensor` and another contender on the same rows from the same weights are compared
+instead.
 """
 
 from __future__ import annotations
@@ -24,18 +25,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.baselines import PerTensorKthvalue
 from benchmarks.machine import environment, write_json
 from benchmarks.workload import LR, MOMENTS, Problem
 from kif.arena import ParameterArena
+from kif.attention import without_cudnn
 from kif.captured import CapturedSteps
 from kif.config import KIFConfig
 from kif.decoder import DecoderModel
@@ -87,7 +91,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 BASELINES = ("trainer", "per-tensor")
 CONTENDERS = (
     *BASELINES, "kif", "kif-checkpointing", "kif-graph", "kif-bf16", "kif-bf16-compile", "kif-bf16-graph",
-    "kif-bf16-compile-graph", "kif-bf16-liger", "kif-bf16-liger-graph",
+    "kif-bf16-compile-graph", "kif-bf16-liger", "kif-bf16-liger-graph", "kif-bf16-norm-graph",
 )  # fmt: skip
 BOOKKEEPING = ("optimizer", "threshold", "fusion")
 TARGET = 8
@@ -146,6 +150,10 @@ class KIF:
 
             # the loss is taken at label positions only, on logits
             _apply_liger_kernel_to_instance(model=lm.base, fused_linear_cross_entropy=False)
+        if "norm" in parts:
+            for module in lm.base.modules():
+                if type(module).__name__ in ("T5LayerNorm", "LlamaRMSNorm"):
+                    module.forward = partial(_rms_norm, module)
         if "compile" in parts:
             # one graph for all shapes of batches, as a run would need it
             lm.base.forward = torch.compile(lm.base.forward, dynamic=True)
@@ -158,6 +166,10 @@ class KIF:
 
     def fuse(self) -> None:
         self.engine.fuse()
+
+
+def _rms_norm(module: Any, x: Tensor) -> Tensor:
+    return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
 
 
 class PerTensor:
@@ -338,6 +350,9 @@ def table(contenders: dict[str, dict[str, Any]]) -> str:
     names = ["data", "forward", "backward", *BOOKKEEPING, "other"]
     lines = [f"{'contender':18}{'round ms':>10}{'tokens/s':>10}{'peak GiB':>10}" + "".join(f"{n:>10}" for n in names)]
     for name, row in contenders.items():
+        if "median_ms" not in row:
+            lines.append(f"{name:18}{'failed':>10}")
+            continue
         parts = "".join(f"{row['parts_ms'][n]:10.1f}" if n in row["parts_ms"] else " " * 10 for n in names)
         lines.append(
             f"{name:18}{row['median_ms']:10.1f}{row['tokens_per_second']:10.0f}{row['peak_bytes'] / 2**30:10.2f}{parts}"
@@ -365,39 +380,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.dropout and options.trajectory:
         parser.error("losses are compared without --dropout, whose draws would differ")
     if options.only:
-        print(json.dumps(measure(options)))
+        with without_cudnn():
+            print(json.dumps(measure(options)))
         return 0
     settings = {name: value for name, value in vars(options).items() if name not in ("json", "only")}
     document: dict[str, Any] = {"settings": settings, "environment": environment(torch.device(options.device))}
     if options.trajectory:
-        document["trajectory"] = trajectory(options)
+        with without_cudnn():
+            document["trajectory"] = trajectory(options)
         print(json.dumps(document["trajectory"]))
     else:
-        document["contenders"] = _in_turns(options, list(arguments if arguments is not None else sys.argv[1:]))
+        for found in _in_turns(options, list(arguments if arguments is not None else sys.argv[1:])):
+            document["contenders"] = found
+            if options.json:
+                write_json(options.json, document)
         print(table(document["contenders"]))
     if options.json:
         write_json(options.json, document)
-    return 0
+    return int(any("error" in row for row in document.get("contenders", {}).values()))
 
 
-def _in_turns(options: argparse.Namespace, arguments: list[str]) -> dict[str, dict[str, Any]]:
+def _in_turns(options: argparse.Namespace, arguments: list[str]) -> Iterator[dict[str, dict[str, Any]]]:
+    """What is known after each process: a failure or the end of the time allowed must not cost what was measured."""
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in options.contenders}
+    errors: dict[str, dict[str, Any]] = {}
     for turn in range(options.turns):
         # there and back, so that none always follows the same one
         for name in options.contenders[:: -1 if turn % 2 else 1]:
+            if name in errors:
+                continue
             command = [sys.executable, "-m", "benchmarks.train_step", *arguments, "--only", name]
             done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode != 0:
-                raise RuntimeError(f"{name} failed: {done.stderr.strip().splitlines()[-1:]}")
-            turns[name].append(json.loads(done.stdout.splitlines()[-1]))
-    merged = {}
-    for name, results in turns.items():
-        middle = sorted(results, key=lambda result: result["median_ms"])[len(results) // 2]
-        rounds = [ms for result in results for ms in result["round_ms"]]
-        median = statistics.median(rounds)
-        rate = middle["tokens_per_second"] * middle["median_ms"] / median
-        merged[name] = {**middle, "round_ms": rounds, "median_ms": median, "tokens_per_second": rate}
-    return merged
+            if done.returncode == 0:
+                turns[name].append(json.loads(done.stdout.splitlines()[-1]))
+            else:
+                errors[name] = {"error": done.stderr[-4000:]}
+                print(f"{name} failed:\n{done.stderr[-4000:]}", file=sys.stderr)
+            merged = {name: _merged(results) for name, results in turns.items() if results}
+            yield {name: merged.get(name, {}) | errors.get(name, {}) for name in turns if name in merged | errors}
+
+
+def _merged(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The result in the middle, with the rounds of all of them."""
+    middle = sorted(results, key=lambda result: result["median_ms"])[len(results) // 2]
+    rounds = [ms for result in results for ms in result["round_ms"]]
+    median = statistics.median(rounds)
+    rate = middle["tokens_per_second"] * middle["median_ms"] / median
+    return {**middle, "round_ms": rounds, "median_ms": median, "tokens_per_second": rate}
 
 
 def synchronize(device: torch.device) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kif.arena import ParameterArena
+from kif.attention import without_cudnn
 from kif.families import Batch, Encoded, LanguageModel, pinned
 
 WARM_UP = 3
@@ -70,11 +71,15 @@ class CapturedSteps:
 
     def _new(self, batch: Batch) -> _Recorded:
         device = self.lm.device
-        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+        inputs = {name: tensor.to(device, copy=True) for name, tensor in batch.items()}
+        # where nothing is masked transformers leaves the mask out, but not while a graph is recorded: the passes to
+        # warm up must be the same ones. Replays begin with rows of their own
+        inputs["attention_mask"][..., 0] = 0
         count = torch.ones((), device=device)
 
         def run() -> Tensor:
-            loss = self.lm.fixed_loss(inputs) / count
+            with without_cudnn():
+                loss = self.lm.fixed_loss(inputs) / count
             loss.backward()
             return loss.detach()
 
@@ -104,6 +109,7 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool: Any = None
+        self._aside: Any = None
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
         try:
@@ -117,7 +123,8 @@ class CudaGraphs:
 
     def _capture(self, run: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
         with torch.cuda.device(self.device):
-            aside = torch.cuda.Stream()
+            # one for all shapes: libraries keep a workspace for each stream
+            self._aside = aside = self._aside or torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 for _ in range(WARM_UP):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from kif import stored
+from kif.attention import without_cudnn
 from kif.checkpoint import Checkpoints
 from kif.config import SECTIONS, RunConfig
 from kif.distributed import broadcast_, first_process_first, local_device, world
@@ -110,7 +111,7 @@ def train(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
         raise ValueError("shard_base splits the base over several processes: start them with torchrun, or leave it out")
     if config.resume and (Path(config.output) / RESULTS).is_file():
         return finished_results(config)
-    with preemption("nothing is written yet, start it again") as stop:
+    with preemption("nothing is written yet, start it again") as stop, without_cudnn():
         return _train(config, progress, stop)
 
 

@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -255,6 +256,30 @@ def test_what_cannot_be_recorded_is_refused(folders: dict[str, Path], written: P
         CapturedSteps(lm, arena, [4], rerun)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pass_is_recorded_with_a_mask_and_without_cudnn(kind: str, folders: dict[str, Path]) -> None:
+    lm, arena, rows = load(kind, folders)
+    seen: list[tuple[bool, bool]] = []
+    loss = lm.fixed_loss
+
+    def watched(batch: Any) -> Tensor:
+        seen.append((bool(batch["attention_mask"].all()), torch.backends.cuda.cudnn_sdp_enabled()))
+        return loss(batch)
+
+    lm.fixed_loss = watched  # type: ignore[method-assign]
+    alike = [rows[0]] * 4
+    CapturedSteps(lm, arena, [4], rerun).backward(alike, lm.label_count(alike))
+    width = lm.fixed_batch(alike, 4)["attention_mask"]
+    assert seen == [(False, False), (bool(width.all()), False)]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_a_run_does_without_cudnn(monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path], written: Path) -> None:
+    monkeypatch.setattr("kif.run._train", lambda *given: {"cudnn": torch.backends.cuda.cudnn_sdp_enabled()})
+    config = RunConfig(model=str(folders["t5"]), data=str(written), tasks=["colours"], device="cpu")
+    assert train(config) == {"cudnn": False} and torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_the_order_in_which_a_graph_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[Any] = []
 
@@ -318,6 +343,19 @@ def test_graphs_on_a_gpu_give_what_launched_passes_give(kind: str, folders: dict
         found = captured.backward(batch, lm.label_count(batch))
         assert found.item() == pytest.approx(loss, rel=1e-4)
         torch.testing.assert_close(arena.grad, gradient, rtol=1e-2, atol=1e-4 * gradient.abs().max().item())
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_graphs_on_a_gpu_in_bf16_with_much_padding(kind: str, folders: dict[str, Path]) -> None:
+    lm, arena, rows = load(kind, folders, device="cuda", precision="bf16")
+    ids = (rows[0].input_ids * 64)[:56]
+    batch = [replace(row, input_ids=ids[: 56 if i else 3]) for i, row in enumerate(rows[:4])]
+    loss, gradient = launched(lm, arena, batch)
+    arena.zero_grad()
+    found = CapturedSteps(lm, arena, [4]).backward(batch, lm.label_count(batch))
+    assert found.item() == pytest.approx(loss, rel=0.1)
+    assert arena.grad.isfinite().all() and (arena.grad - gradient).norm() < gradient.norm()
 
 
 @needs_gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from functools import partial
 from pathlib import Path
@@ -91,6 +92,12 @@ def test_dropout_is_that_of_the_paper() -> None:
         train_step.main([*SMALL, "--dropout", "--trajectory", "4"])
 
 
-def test_a_failing_contender_is_named() -> None:
-    with pytest.raises(RuntimeError, match="kif failed"):
-        train_step.main([*SMALL, "--contenders", "kif", "--batch", "0"])
+def test_a_failing_contender_is_named_and_costs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "result.json"
+    names = ["kif-bf16", "kif"]
+    assert train_step.main([*SMALL, "--turns", "2", "--contenders", *names, "--json", str(path)]) == 1
+    found = json.loads(path.read_text())["contenders"]
+    assert list(found) == names and "kif-bf16 needs --precision bf16" in found["kif-bf16"]["error"]
+    assert "error" not in found["kif"] and len(found["kif"]["round_ms"]) == 4
+    printed = capsys.readouterr()
+    assert "kif-bf16 failed:" in printed.err and re.search(r"^kif-bf16 +failed$", printed.out, re.M)
