@@ -199,11 +199,18 @@ class ParameterArena:
         for segment, parameter in zip(self.segments, self._parameters, strict=True):
             view = segment.view(self.data)
             view.copy_(parameter.data)
-            parameter.data = view
+            parameter.data = _apart(view)
             grad = segment.view(self.grad)
             if parameter.grad is not None:
                 grad.copy_(parameter.grad)
             parameter.grad = grad
+
+
+def _apart(view: Tensor) -> Tensor:
+    """The same memory as a storage of its own: who saves models takes parameters that share one for tied ones."""
+    if type(view) is not Tensor or view.device.type == "meta":
+        return view
+    return torch.from_dlpack(view)
 
 
 def _check_parameters(named: list[tuple[str, nn.Parameter]]) -> None:

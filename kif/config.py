@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 @dataclass
@@ -63,6 +64,7 @@ class KIFConfig:
     outer_optimizer: Literal["own", "shared"] = "own"
 
     def __post_init__(self) -> None:
+        _check_choices("kif.", self)
         for name in ("inner_steps", "outer_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"kif.{name} must be at least 1, got {getattr(self, name)}")
@@ -286,6 +288,18 @@ class LFPT5Config:
         )  # fmt: skip
 
 
+@cache
+def _choices(kind: type) -> dict[str, tuple[Any, ...]]:
+    """The values that fields of a configuration may take, of those that name them."""
+    return {name: get_args(hint) for name, hint in get_type_hints(kind).items() if get_origin(hint) is Literal}
+
+
+def _check_choices(prefix: str, config: Any) -> None:
+    for name, values in _choices(config.__class__).items():
+        if getattr(config, name) not in values:
+            raise ValueError(f"{prefix}{name} must be one of {', '.join(values)}, got {getattr(config, name)!r}")
+
+
 def _check(
     section: str,
     config: Any,
@@ -294,6 +308,7 @@ def _check(
     fractions: Sequence[str] = (),
     positive: Sequence[str] = (),
 ) -> None:
+    _check_choices(f"{section}.", config)
     for name in (*at_least_0, *fractions, *positive):
         value = getattr(config, name)
         if name in positive and value <= 0:
@@ -475,6 +490,9 @@ class RunConfig:
     lfpt5: LFPT5Config = field(default_factory=LFPT5Config)
 
     def __post_init__(self) -> None:
+        _check_choices("", self)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie in [0, 2^32), got {self.seed}")
         positive = (
             "lora_r", "lora_alpha", "max_length", "max_target_length", "limit_train", "limit_eval", "epochs",
             "steps_per_task", "batch_size", "outer_batch_size", "gradient_accumulation", "eval_batch_size",

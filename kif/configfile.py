@@ -130,7 +130,10 @@ def changed(config: RunConfig, changes: Mapping[str, str], where: str) -> RunCon
 
 
 def check_inputs(config: RunConfig) -> RunConfig:
-    """`config` with `data` filled from KIF_DATA. Raises ConfigError where model or data are not given."""
+    """`config` with `data` filled from KIF_DATA, `~` in its paths and a method's short name replaced.
+
+    Raises: ConfigError where model or data are not given, and for an unknown method.
+    """
     if not config.model:
         raise ConfigError(
             "no model: give the folder or hub name of the base model with --model or as `model:` in the YAML file, "
@@ -142,7 +145,15 @@ def check_inputs(config: RunConfig) -> RunConfig:
             "no data: give the folder that holds the tasks with --data, as `data:` in the YAML file or in the "
             "environment variable KIF_DATA; `--data hub` reads them from the Hugging Face hub"
         )
-    return dataclasses.replace(config, data=data)
+    from kif.methods import ALIASES, METHODS
+
+    method = ALIASES.get(config.method, config.method)
+    _nearest_or_raise(method, METHODS, "unknown method")
+    paths = {"data": data} | {
+        name: getattr(config, name) for name in ("model", "output", "continue_from", "memory_data")
+    }
+    homes = {name: os.path.expanduser(path) for name, path in paths.items() if path and path.startswith("~")}
+    return dataclasses.replace(config, **{"data": data, "method": method, **homes})
 
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:

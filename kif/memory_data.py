@@ -68,7 +68,10 @@ def _load(place: str) -> Any:
             raise
         raise ValueError(f"memory_data: {place} cannot be read: {str(error).splitlines()[0]}") from error
     except Exception as error:  # of pyarrow, requests, huggingface_hub or datasets, by their versions
-        raise ValueError(f"memory_data: {place} cannot be read: {type(error).__name__}: {error}") from error
+        # datasets says that something went wrong, its cause what did; an empty file ends in a StopIteration
+        cause = error.__cause__ or error
+        why = "it holds no rows" if isinstance(cause, StopIteration) else f"{type(cause).__name__}: {cause}"
+        raise ValueError(f"memory_data: {place} cannot be read: {why}") from error
     if not isinstance(found, datasets.Dataset):
         raise ValueError(f"memory_data: {place} holds several splits: give one of them")
     missing = [name for name in COLUMNS if name not in found.column_names]

@@ -181,9 +181,6 @@ def _quantization(
         )
     from transformers import BitsAndBytesConfig
 
-    # it warns of every product, and of a kernel for packed weights (see `_load_base`)
-    for part in ("autograd._functions", "backends.cpu.ops"):
-        logging.getLogger(f"bitsandbytes.{part}").addFilter(_is_of_note)
     if kind == "int8":
         wanted = BitsAndBytesConfig(load_in_8bit=True)
     else:
@@ -194,6 +191,11 @@ def _quantization(
 
 def _is_of_note(record: logging.LogRecord) -> bool:
     return not any(part in str(record.msg) for part in ("inputs will be cast", "gemm_4bit_forward"))
+
+
+# bitsandbytes warns of every product, and when PEFT imports it of a kernel for packed weights (see `_load_base`)
+for _part in ("autograd._functions", "backends.cpu.ops"):
+    logging.getLogger(f"bitsandbytes.{_part}").addFilter(_is_of_note)
 
 
 def _check_tokenizer(tokenizer: Any, family: Family, name: str) -> None:

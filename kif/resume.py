@@ -17,6 +17,7 @@ from kif.config import RunConfig
 from kif.distributed import gather, world
 from kif.families import LanguageModel
 from kif.faults import RETRY
+from kif.files import write_json
 from kif.tasks import Example, Task
 from kif.tokenization import content_key
 from kif.training import INCIDENTAL, eval_rows
@@ -81,6 +82,19 @@ def state_to_resume(config: RunConfig, checkpoints: Checkpoints, identity: State
         check_same(config, state["identity"], identity)
     _take_over(config)
     return state
+
+
+def note_environment(path: Path, now: dict[str, Any]) -> None:
+    """Warn of what differs from the environment that a run was in until now, and add it to the file as `resumed`."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        before = {name: known.get(name) for name in now} | (known.get("resumed") or [{}])[-1]
+    except (OSError, ValueError, AttributeError):
+        known, before = {}, {}
+    changed = {name: value for name, value in now.items() if before.get(name) != value}
+    if changed:
+        _warn(f"the run goes on in another environment, its bits may be others: {', '.join(changed)} differ")
+        write_json(path, {**known, "resumed": [*known.get("resumed", []), changed]})
 
 
 def finished_results(config: RunConfig) -> dict[str, Any]:

@@ -28,7 +28,15 @@ from kif.models import load_language_model
 from kif.notes import warn_of_data
 from kif.preemption import Preemption, preemption
 from kif.progress import Progress
-from kif.resume import RESULTS, STATE, finished_results, identity_of, state_to_resume, with_absolute_folders
+from kif.resume import (
+    RESULTS,
+    STATE,
+    finished_results,
+    identity_of,
+    note_environment,
+    state_to_resume,
+    with_absolute_folders,
+)
 from kif.runlog import RunLog
 from kif.stored import Earlier, KnownTask
 from kif.tasks import Task, hold_out, limit_rows, load_order, load_tasks
@@ -150,6 +158,8 @@ def _train(config: RunConfig, progress: bool, stop: Preemption) -> dict[str, Any
         dump_config(with_absolute_folders(config), output / "config.yaml")
         place = {"device": str(lm.device), "processes": size, "seed": config.seed}
         write_json(output / "environment.json", {**environment(), **place})
+    elif rank == 0:
+        note_environment(output / "environment.json", environment())
     stop.advice = f"the same command with --resume goes on with the run in {output}"
     with Progress(progress and rank == 0) as bar, RunLog(output / "metrics.jsonl", bar, state) as log:
         training = Training(config, tasks, lm, method, encoded, cache, log, bar, checkpoints, identity, stop, earlier)
@@ -173,14 +183,22 @@ def _train(config: RunConfig, progress: bool, stop: Preemption) -> dict[str, Any
 
 def _earlier(config: RunConfig) -> Earlier | None:
     """The run to continue, if there is one. Raises: ValueError for memory that no method here would replay."""
-    if config.memory_data is None:
-        return stored.read_earlier(Path(config.continue_from)) if config.continue_from else None
-    if config.continue_from is None:
+    replays = "memory_fraction" not in METHODS[config.method].unused
+    if config.memory_data is not None and config.continue_from is None:
         raise ValueError("memory_data holds rows of earlier tasks: give it with --from, the run that learned them")
-    if "memory_fraction" in METHODS[config.method].unused:
+    if config.memory_data is not None and not replays:
         raise ValueError(f"memory_data has no effect with {config.method}, which replays no rows")
+    if config.continue_from is None:
+        return None
     earlier = stored.read_earlier(Path(config.continue_from))
-    return replace(earlier, memory=read_memory_data(config.memory_data, earlier.tasks))
+    if config.memory_data is not None:
+        earlier = replace(earlier, memory=read_memory_data(config.memory_data, earlier.tasks))
+    elif replays and earlier.config.method == config.method:
+        stored.check_memory(earlier)
+    forgotten = [task.name for task in earlier.tasks if not earlier.memory.get(task.name)]
+    if replays and forgotten and world()[0] == 0:
+        warnings.warn(f"nothing is replayed of {', '.join(forgotten)}: no rows are stored", stacklevel=2)
+    return earlier
 
 
 def _load(

@@ -166,6 +166,18 @@ def read_earlier(run: Path) -> Earlier:
     return Earlier(run, load_config(run / "config.yaml"), tasks, adapter_tasks, memory, accuracy, zero_shot)
 
 
+def check_memory(earlier: Earlier) -> None:
+    """Raise DataError for a missing file of rows; an empty one was left by `drop`."""
+    for task in earlier.tasks:
+        path = earlier.run / MEMORY / f"{task.name}.jsonl"
+        if not path.is_file():
+            raise DataError(
+                f"is missing: it holds the rows of task {task.name} to replay; put it back, or give others by "
+                "memory_data",
+                path,
+            )
+
+
 def read_state(run: Path, device: Any) -> dict[str, Any]:
     """What `keep` wrote into final/, its tensors on a device. Raises: ValueError if it is missing or damaged."""
     from kif.checkpoint import Checkpoints

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_model
 from torch import nn
 
 from kif.arena import ALIGNMENT, ArenaError, ParameterArena
@@ -76,6 +78,20 @@ def test_load_state_dict_and_deepcopy() -> None:
     arena.check()
     assert (arena.segments[0].view(arena.data) == 4.0).all()
     assert net[0].weight.data_ptr() == arena.data.data_ptr()
+
+
+def test_parameters_are_saved_as_if_there_were_no_arena(tmp_path: Path) -> None:
+    net = model()
+    arena = ParameterArena.of(net)
+    arena.data.add_(1.0)
+    save_model(net, tmp_path / "model.safetensors")
+    torch.save(net.state_dict(), tmp_path / "model.pt")
+    state = net.state_dict()
+    for saved in (load_file(tmp_path / "model.safetensors"), torch.load(tmp_path / "model.pt")):
+        assert saved.keys() == state.keys() and all(torch.equal(saved[name], state[name]) for name in state)
+    accelerate = pytest.importorskip("accelerate").Accelerator(cpu=True)
+    accelerate.save_model(net, tmp_path / "folder")
+    assert load_file(tmp_path / "folder" / "model.safetensors").keys() == state.keys()
 
 
 def test_the_arena_follows_a_moved_model() -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kif.config import PRESETS, KIFConfig, RunConfig
+from kif.config import PRESETS, KIFConfig, L2PConfig, RunConfig
 from kif.configfile import ConfigError, _KIFOptions, check_inputs, dump_config, load_config, nearest, parse_run_config
 
 BASICS = ["--model", "m", "--data", "d"]
@@ -38,6 +38,24 @@ def test_values_become_the_fields_types(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, "lr: 3e-4\norder: 1\nepochs: '3'\nlimit_eval: null\nkif: {density: 1}\n"))
     assert config == replace(RunConfig(lr=3e-4, order="1", epochs=3), kif=KIFConfig(density=1.0))
     assert isinstance(config.lr, float) and isinstance(config.order, str) and isinstance(config.kif.density, float)
+
+
+def test_values_given_in_python_are_checked_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for options, message in (
+        ({"precision": "bfloat16"}, "^precision must be one of fp32, bf16, fp16, got 'bfloat16'"),
+        ({"eval_mode": "ranks"}, "^eval_mode must be one of generate, rank, got"),
+        ({"seed": 2**32}, r"^seed must lie in \[0, 2\^32\), got 4294967296"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RunConfig(**options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^l2p.init must be one of uniform, vocabulary, got 'random'"):
+        L2PConfig(init="random")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="unknown method 'ewv'; did you mean 'ewc'"):
+        check_inputs(RunConfig(model="m", data="d", method="ewv"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = check_inputs(RunConfig(model="~/m", data="~", output="~/out", method="kif"))
+    assert (found.model, found.data, found.output) == (f"{tmp_path}/m", str(tmp_path), f"{tmp_path}/out")
+    assert found.method == "recurrent-kif"
 
 
 def test_preset_is_the_base_and_other_keys_override_it(tmp_path: Path) -> None:

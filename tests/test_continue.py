@@ -17,8 +17,9 @@ from kif.cli import main
 from kif.config import EWCConfig, KIFConfig, L2PConfig, LFPT5Config, RunConfig
 from kif.configfile import load_config, parse_run_config
 from kif.methods.recurrent_kif import RecurrentKIFMethod
-from kif.run import evaluate_run, train
+from kif.run import _earlier, evaluate_run, train
 from kif.stored import KnownTask, drop, read_memory, read_state, read_tasks
+from kif.tasks import DataError
 from kif.training import RunLog
 
 NAMES = ["colours", "sizes", "moods"]
@@ -117,6 +118,13 @@ def test_old_data_may_be_gone_and_removed_rows_stay_removed(
     assert [len(read_memory(tmp_path / "first", task)) for task in read_tasks(tmp_path / "first")[0]] == [6, 6]
     drop(tmp_path / "first", "colours", None, [2, 5], False)
     drop(tmp_path / "first", "sizes", None, [], True)
+    with pytest.warns(UserWarning, match="nothing is replayed of sizes: no rows are stored"):
+        _earlier(further(first, "third", ["moods"]))
+    gone = tmp_path / "first" / "memory" / "sizes.jsonl"
+    gone.rename(tmp_path / "kept")
+    with pytest.raises(DataError, match=r"memory/sizes.jsonl: is missing: it holds the rows of task sizes"):
+        train(further(first, "third", ["moods"]), progress=False)
+    (tmp_path / "kept").rename(gone)
     kept = (tmp_path / "first" / "memory" / "colours.jsonl").read_text()
     data = tmp_path / "data"
     data.mkdir()
@@ -280,7 +288,8 @@ def test_memory_from_elsewhere(
         (ROW.replace("colours", "colour"), {}, r"rows.jsonl:1: field 'task': .*'colours'"),
         (ROW.replace("red", "blue"), {}, r"rows.jsonl:1: field 'label': 'blue' is no"),
         ('{"task": "colours", "input": "b", "label": "red"}', {}, "lacks the columns instruction; it has"),
-        ("{", {}, "rows.jsonl cannot be read"),
+        ("{", {}, r"rows.jsonl cannot be read: (?!DatasetGenerationError)"),
+        ("", {}, "rows.jsonl cannot be read: it holds no rows"),
         (None, {}, "rows.jsonl does not exist"),
         ("x", {"memory_data": "rows.txt"}, "must be a folder or end in .jsonl, .json, .csv"),
         ("x", {"continue_from": None}, "give it with --from"),
@@ -300,7 +309,7 @@ def test_memory_that_cannot_be_used(
     monkeypatch.setattr(stored, "read_earlier", lambda run: earlier)
     for name in ("rows.jsonl", "rows.txt"):
         if content is not None:
-            (tmp_path / name).write_text(content + "\n")
+            (tmp_path / name).write_text(content and content + "\n")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train(replace(further(first, "second", ["moods"], memory_data="rows.jsonl"), **options), progress=False)
     assert not (tmp_path / "second").exists()

@@ -357,5 +357,7 @@ def test_config_refuses_what_makes_no_sense() -> None:
         KIFConfig(density=1.2)
     with pytest.raises(ValueError, match=r"kif\.outer_steps must be at least 1"):
         KIFConfig(outer_steps=0)
+    with pytest.raises(ValueError, match=r"^kif.mask must be one of at_least, above, got 'abvoe'"):
+        KIFConfig(mask="abvoe")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown preset 'papre'"):
         KIFConfig.preset("papre")

@@ -111,6 +111,27 @@ def test_other_families_resume_too(
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
+def test_another_environment_is_noted(
+    written: Path, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = settings(written, tiny_models["bert"], tmp_path / "cut")
+    places = [lambda: {"torch": "1", "cpus": 2}, lambda: {"torch": "2", "cpus": 2}, lambda: {"torch": "2", "cpus": 4}]
+    monkeypatch.setattr("kif.doctor.environment", places[0])
+    with monkeypatch.context() as patch:
+        interrupt(patch, cut, in_second_task)
+    again = replace(cut, resume=True)
+    for place, name in zip(places[1:], ("torch", "cpus"), strict=True):
+        monkeypatch.setattr("kif.doctor.environment", place)
+        with pytest.warns(UserWarning, match=f"in another environment, its bits may be others: {name} differ"):
+            if name == "torch":
+                with monkeypatch.context() as patch:
+                    interrupt(patch, again, lambda record: record.get("after") == 1)
+            else:
+                train(again, progress=False)
+    noted = json.loads((tmp_path / "cut" / "environment.json").read_text())
+    assert noted["torch"] == "1" and noted["resumed"] == [{"torch": "2"}, {"cpus": 4}]
+
+
 def test_killed_processes_leave_what_can_be_resumed() -> None:
     """A few of the kills that `python tests/crash.py --kills N` makes."""
     done = subprocess.run(
