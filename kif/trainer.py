@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Subset
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import is_peft_available
 
 from kif.arena import ParameterArena
 from kif.config import KIFConfig
@@ -311,6 +312,7 @@ class KIFMixin:
             weight_decay=args.weight_decay,
             max_grad_norm=args.max_grad_norm,
         )
+        _adapter_in_fp32(model)
         self.kif_optimizer = KIFOptimizer(
             model, kif_config(args.kif), optimizer, args.learning_rate, self._memory_stream()
         )
@@ -409,6 +411,23 @@ class KIFTrainer(KIFMixin, Trainer):
 
 class KIFSeq2SeqTrainer(KIFMixin, Seq2SeqTrainer):
     """transformers' Seq2SeqTrainer with Recurrent-KIF; see `KIFMixin`."""
+
+
+def _adapter_in_fp32(model: nn.Module) -> None:
+    """Trainable parameters of PEFT's layers in fp32, which TRL casts to bf16 on a quantised base."""
+    if not is_peft_available():
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        for kind in module.adapter_layer_names:
+            # by kind, since the layer holds its base layer too
+            held = getattr(module, kind, None)
+            for parameter in held.parameters() if isinstance(held, nn.Module) else ():
+                if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+                    parameter.data = parameter.data.float()
 
 
 def _sharded(name: str) -> str:

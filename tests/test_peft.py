@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -396,3 +397,64 @@ def test_the_trainer_takes_a_peft_model(tiny_models: Folders, tmp_path: Path) ->
     assert (trained - no_grad_outputs(base_of(tiny_models, "llama"), "llama")).abs().max() > 1e-2
     assert torch.equal(no_grad_outputs(again, "llama"), trained)
     torch.testing.assert_close(no_grad_outputs(again.merge_and_unload(), "llama"), trained, rtol=1e-4, atol=1e-4)
+
+
+def trains_in_fp32(trainer: Any, model: Any) -> None:
+    """Train; the adapter, in bf16 before, ends in fp32, and nothing else changes its type or value."""
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name and before[name].dtype == torch.bfloat16 for name in trained)
+    trainer.train()
+    assert trainer.engine.rounds == 2 and trainer.engine.skipped == 0
+    assert {segment.name for segment in trainer.engine.arena.segments} == trained
+    for name, parameter in model.named_parameters():
+        if name in trained:
+            assert parameter.dtype == torch.float32 and not torch.equal(parameter, before[name].float()), name
+        else:
+            assert parameter.dtype == before[name].dtype and torch.equal(parameter, before[name]), name
+
+
+TRAINING: dict[str, Any] = {
+    "kif": KIFConfig(inner_steps=2), "max_steps": 4, "learning_rate": 2e-2, "use_cpu": True, "save_strategy": "no",
+    "disable_tqdm": True, "per_device_train_batch_size": 4,
+}  # fmt: skip
+
+
+def test_the_trainer_takes_an_adapter_in_bf16(tiny_models: Folders, tmp_path: Path) -> None:
+    from kif import KIFTrainer, KIFTrainingArguments
+
+    base = base_of(tiny_models, "llama").bfloat16()
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(base, config, autocast_adapter_dtype=False)
+    lm = load(tiny_models, "llama")
+    rows = lm.encode(TASK, TASK.train)
+    args = KIFTrainingArguments(str(tmp_path), remove_unused_columns=False, **TRAINING)
+    more: dict[str, Any] = {"train_dataset": rows, "memory_dataset": rows[:8], "data_collator": lm.collate}
+    trains_in_fp32(KIFTrainer(model=model, args=args, **more), model)
+    # a whole model is not the trainer's to cast: it would need twice the memory
+    with pytest.raises(ArenaError, match=r"embed_tokens.weight is torch.bfloat16.*cast it first"):
+        KIFTrainer(model=base_of(tiny_models, "llama").bfloat16(), args=args, **more).train()
+
+
+def test_trl_trains_on_a_quantised_base(tiny_models: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("bitsandbytes")
+    from kif.trainer import KIFArguments, KIFMixin
+
+    monkeypatch.setenv("CI", "1")  # TRL counts its users, but not in tests
+
+    @dataclass
+    class Arguments(KIFArguments, trl.SFTConfig):  # type: ignore[misc, name-defined]
+        pass
+
+    class Supervised(KIFMixin, trl.SFTTrainer):  # type: ignore[misc, name-defined]
+        pass
+
+    lm = load(tiny_models, "llama", quantization="nf4", precision="bf16")
+    lm.tokenizer.pad_token = lm.tokenizer.pad_token or lm.tokenizer.eos_token
+    rows = datasets.Dataset.from_list([{"input_ids": [*row.input_ids]} for row in lm.encode(TASK, TASK.train)])
+    args = Arguments(str(tmp_path), report_to=[], **TRAINING)
+    more: dict[str, Any] = {"train_dataset": rows, "memory_dataset": rows.select(range(8))}
+    trainer = Supervised(model=lm.model, args=args, processing_class=lm.tokenizer, **more)
+    trains_in_fp32(trainer, lm.model)
