@@ -15,13 +15,16 @@ class ReplayMemory:
 
     Args:
         fraction: share of a task's training rows that is kept (2% in the paper, after SAPT), rounded down as in
-            the released code, at least one row.
+            the released code, at least one row. Between 0 and 1, neither of them.
         balanced: draw evenly over the task's classes first (at least one of each while there is room), then fill
             up at random; otherwise all at random.
         seed: the draw depends on this and on the task's name, not on what was drawn before.
+    Raises: ValueError for another fraction.
     """
 
     def __init__(self, fraction: float, balanced: bool, seed: int) -> None:
+        if not 0.0 < fraction < 1.0:
+            raise ValueError(f"fraction must lie between 0 and 1, got {fraction}")
         self.fraction, self.balanced, self.seed = fraction, balanced, seed
         self.indices: dict[str, list[int]] = {}
         self._rows: dict[str, list[Encoded]] = {}

@@ -354,11 +354,11 @@ class KIFMixin:
         """The next task's `memory_dataset`: this one's and rows of `train_dataset`, drawn by `kif.memory`.
 
         Args:
-            fraction: share of the rows that is drawn; at least one row.
+            fraction: share of the rows that is drawn, between 0 and 1 and neither of them; at least one row.
             name: the draw depends on this and on `args.seed`.
             labels: a label for each row, to draw evenly over them.
         Returns: a `datasets.Dataset` where both are such, else a torch dataset.
-        Raises: TypeError for a dataset without a length.
+        Raises: TypeError for a dataset without a length; ValueError for another fraction.
         """
         dataset = self.train_dataset  # type: ignore[attr-defined]
         if not hasattr(dataset, "__len__"):

@@ -260,6 +260,18 @@ def test_memory_of_a_list(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     assert trainer.engine.rounds == 0
 
 
+@pytest.mark.parametrize("fraction", [2, 1.0, 0, -0.1, float("nan")])
+def test_draw_memory_refuses_what_kif_train_does(tiny_models: dict[str, Path], tmp_path: Path, fraction: float) -> None:
+    lm, _ = load(tiny_models)
+    args = KIFTrainingArguments(str(tmp_path), use_cpu=True)
+    trainer = KIFTrainer(model=lm.model, args=args, train_dataset=batches(lm, "0/new/1", 40, STEPS))
+    message = f"fraction must lie between 0 and 1, got {fraction}"
+    with pytest.raises(ValueError, match=f"^memory_{message}"):
+        RunConfig(model="m", memory_fraction=fraction)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        trainer.draw_memory(fraction)
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step: int) -> None:
         self.step = step
