@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args, get_type_hints
 
@@ -107,6 +107,21 @@ def kif_config(value: KIFConfig | str | dict[str, Any] | None) -> KIFConfig:
     return KIFConfig.preset(preset, **given)
 
 
+@contextmanager
+def _memory_at_fault() -> Iterator[None]:
+    """Errors name memory_dataset: the Trainer's own speak of "the dataset", and at the end of a round."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        # no fault of the rows; auto_find_batch_size waits for it
+        raise
+    except Exception as error:
+        raise ValueError(
+            "memory_dataset gives no batches; its rows must be prepared as those of the Trainer's train_dataset are, "
+            f"as those of draw_memory are ({type(error).__name__}: {error})"
+        ) from error
+
+
 class MemoryStream(Iterator[Any]):
     """Endless batches of the replay memory, epoch after epoch.
 
@@ -120,16 +135,22 @@ class MemoryStream(Iterator[Any]):
         self._batches: Iterator[Any] | None = None
 
     def __next__(self) -> Any:
-        """The next batch. Raises: ValueError when an epoch has none."""
-        batch = next(self.open(), None)
+        """The next batch. Raises: ValueError when an epoch has none, or when its rows cannot be collated."""
+        batch = self._fetch()
         if batch is None:
             self.load_state_dict({"epoch": self.epoch + 1, "position": 0})
-            batch = next(self.open(), None)
+            batch = self._fetch()
         if batch is None:
             raise ValueError("memory_dataset gives no batch: it is empty, or drop_last drops its only one")
         self.position += 1
         return batch
 
+    def _fetch(self) -> Any:
+        batches = self.open()
+        with _memory_at_fault():
+            return next(batches, None)
+
+    @_memory_at_fault()
     def open(self) -> Iterator[Any]:
         """Start the epoch's iterator where the stream stands; this may draw random numbers."""
         if self._batches is None:
@@ -381,7 +402,8 @@ class KIFMixin:
         trainer: Any = self
         new_rows, trainer.train_dataset = trainer.train_dataset, memory
         try:
-            return MemoryStream(trainer.get_train_dataloader())
+            with _memory_at_fault():
+                return MemoryStream(trainer.get_train_dataloader())
         finally:
             trainer.train_dataset = new_rows
 

@@ -26,7 +26,7 @@ from kif.loop import schedule, train_phase
 from kif.memory import ReplayMemory
 from kif.methods import METHODS
 from kif.models import load_language_model
-from kif.trainer import KIFArguments, KIFMixin, KIFSeq2SeqTrainer, KIFSeq2SeqTrainingArguments, kif_config
+from kif.trainer import KIFArguments, KIFMixin, KIFSeq2SeqTrainer, KIFSeq2SeqTrainingArguments, MemoryStream, kif_config
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TASK = topic_task(40)
@@ -272,6 +272,14 @@ def test_draw_memory_refuses_what_kif_train_does(tiny_models: dict[str, Path], t
         trainer.draw_memory(fraction)
 
 
+class Unreadable(torch.utils.data.Dataset[Any]):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Any:
+        raise OSError("disk")
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step: int) -> None:
         self.step = step
@@ -430,22 +438,32 @@ def test_trackers_get_what_the_method_logs(
     assert KIFTrainingArguments(str(tmp_path)).report_to == []
 
 
-def test_packed_rows(tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL's packing: rows of several texts, for new task and memory alike."""
+def supervised(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """TRL's SFTTrainer with rounds, and the class of its arguments."""
     trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setenv("CI", "1")
+    monkeypatch.setenv("CI", "1")  # TRL counts its users, but not in tests
 
     @dataclass
     class Arguments(KIFArguments, trl.SFTConfig):  # type: ignore[misc, name-defined]
         pass
 
-    class Packing(KIFMixin, trl.SFTTrainer):  # type: ignore[misc, name-defined]
+    class Supervised(KIFMixin, trl.SFTTrainer):  # type: ignore[misc, name-defined]
         pass
 
+    return Supervised, Arguments
+
+
+def texts_of(task: Any) -> Any:
+    datasets = pytest.importorskip("datasets")
+    return datasets.Dataset.from_dict({"text": [f"{row.input} Answer: {row.label}" for row in task.train]})
+
+
+def test_packed_rows(tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL's packing: rows of several texts, for new task and memory alike."""
+    Packing, Arguments = supervised(monkeypatch)
     lm, _ = load(tiny_models)
     lm.tokenizer.pad_token = lm.tokenizer.pad_token or lm.tokenizer.eos_token
-    texts = datasets.Dataset.from_dict({"text": [f"{row.input} Answer: {row.label}" for row in TASK.train]})
+    texts = texts_of(TASK)
     args = Arguments(
         str(tmp_path), kif={"inner_steps": 3, "outer_steps": 2}, packing=True, packing_strategy="wrapped",
         max_length=128, per_device_train_batch_size=2, max_steps=6, learning_rate=1e-2, save_strategy="no",
@@ -463,6 +481,40 @@ def test_packed_rows(tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: 
     second.train()
     assert second.engine.rounds == 2 and second.engine.skipped == 0
     assert weights(lm).isfinite().all() and not torch.equal(weights(lm), before)
+
+
+@pytest.mark.parametrize("kind", ["supervised", "plain", "broken"])
+def test_memory_rows_that_are_not_prepared(
+    tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """In SFTTrainer no column is left; elsewhere the collator fails at the end of a round; or the row itself does."""
+    lm, _ = load(tiny_models)
+    lm.tokenizer.pad_token = lm.tokenizer.pad_token or lm.tokenizer.eos_token
+    Supervised, Arguments = supervised(monkeypatch) if kind == "supervised" else (KIFTrainer, KIFTrainingArguments)
+    texts = texts_of(TASK)
+    args = Arguments(str(tmp_path), kif=SWITCHES, max_steps=3, save_strategy="no", use_cpu=True, report_to=[])
+    rows, memory, cause = texts, texts, "No columns in the dataset match"
+    if kind != "supervised":
+        rows = texts.map(lambda row: {"labels": (ids := lm.tokenizer(row["text"]).input_ids), "input_ids": ids})
+        memory, cause = [{"text": "as it came"}] * 8, "You should supply an encoding"
+    if kind == "broken":
+        memory, cause = Unreadable(), "disk"
+    trainer = Supervised(
+        model=lm.model, args=args, train_dataset=rows, memory_dataset=memory, processing_class=lm.tokenizer,
+        **({} if kind == "supervised" else {"data_collator": DataCollatorForSeq2Seq(lm.tokenizer)}),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=rf"(?s)memory_dataset .*prepared as .*draw_memory.*{cause}") as caught:
+        trainer.train()
+    assert cause in str(caught.value.__cause__) and trainer.train_dataset is not memory
+
+
+def test_running_out_of_memory_is_not_the_memory_datasets_fault() -> None:
+    def batches() -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+        yield
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA"):
+        next(MemoryStream(batches()))
 
 
 def test_names_are_exported() -> None:
