@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args, get_type_hints
 
@@ -350,7 +351,8 @@ class KIFMixin:
         optimizer, args = self.kif_optimizer, self.args  # type: ignore[attr-defined]
         scale = 1.0 if args.outer_learning_rate is None else args.outer_learning_rate / args.learning_rate
         for _ in range(optimizer.engine.config.outer_steps):
-            self._backward_on_memory()
+            with self._metrics_kept():
+                self._backward_on_memory()
             optimizer.engine.outer_step(optimizer.last_lr * scale)
         optimizer.engine.fuse()
         optimizer.inner_done = 0
@@ -406,6 +408,23 @@ class KIFMixin:
                 return MemoryStream(trainer.get_train_dataloader())
         finally:
             trainer.train_dataset = new_rows
+
+    @contextmanager
+    def _metrics_kept(self) -> Iterator[None]:
+        """What TRL's trainers note at every loss, for their logs, is of new rows alone: put back as it was."""
+        trainer: Any = self
+        metrics = getattr(trainer, "_metrics", None)
+        noted = metrics.get("train") if isinstance(metrics, dict) else None
+        noted = noted if isinstance(noted, dict) else {}
+        before = {key: copy(values) for key, values in noted.items()}
+        tokens = getattr(trainer, "_total_train_tokens", None)
+        try:
+            yield
+        finally:
+            noted.clear()
+            noted.update(before)
+            if tokens is not None:
+                trainer._total_train_tokens = tokens
 
     def _backward_on_memory(self) -> None:
         """The gradient of one outer step, accumulated and averaged as the Trainer does it for its own steps."""

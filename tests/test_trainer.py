@@ -508,6 +508,34 @@ def test_memory_rows_that_are_not_prepared(
     assert cause in str(caught.value.__cause__) and trainer.train_dataset is not memory
 
 
+def test_what_trl_logs_is_of_new_rows(
+    tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of the memory are other ones; the first round's inner steps are the same with and without it."""
+    Supervised, Arguments = supervised(monkeypatch)
+    texts = texts_of(TASK)
+    args = Arguments(
+        str(tmp_path), kif=SWITCHES, max_steps=6, logging_steps=3, learning_rate=1e-2, save_strategy="no", use_cpu=True,
+        bf16=False, gradient_checkpointing=False, report_to=[], per_device_train_batch_size=2,
+    )  # fmt: skip
+    found, memory = [], None
+    for _ in range(2):
+        lm, _ = load(tiny_models)
+        lm.tokenizer.pad_token = lm.tokenizer.pad_token or lm.tokenizer.eos_token
+        trainer = Supervised(
+            model=lm.model, args=args, train_dataset=texts, memory_dataset=memory, processing_class=lm.tokenizer
+        )
+        trainer.train()
+        found.append([entry for entry in trainer.state.log_history if "mean_token_accuracy" in entry])
+        memory = trainer.draw_memory(0.2)
+    without, with_memory = found
+    assert trainer.engine.rounds == 2 and len(with_memory) == 2 and "memory_loss" in with_memory[0]
+    assert with_memory[0]["mean_token_accuracy"] == pytest.approx(without[0]["mean_token_accuracy"])
+    assert with_memory[0]["entropy"] == pytest.approx(without[0]["entropy"])
+    tokens = [[entry["num_tokens"] for entry in entries] for entries in found]
+    assert tokens[0] == tokens[1] and tokens[0][1] > tokens[0][0] > 0
+
+
 def test_running_out_of_memory_is_not_the_memory_datasets_fault() -> None:
     def batches() -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
