@@ -186,7 +186,13 @@ def compare(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--seeds", type=_positive, default=3, metavar="N", help="seeds 0 to N - 1 (default: 3)")
     parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="runs at once (default: 1)")
+    # options of `kif train` that would be replaced for every run
+    parser.add_argument("--method", help=argparse.SUPPRESS)
+    parser.add_argument("--seed", help=argparse.SUPPRESS)
     options, others = parser.parse_known_args(argv)
+    for name in ("method", "seed"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"a comparison has several: give it --{name}s and no --{name}")
     from kif.configfile import parse_run_config
 
     base = parse_run_config(others)

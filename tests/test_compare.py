@@ -166,3 +166,13 @@ def test_a_failed_cell_leaves_the_others(written: Path, tiny_models: dict[str, P
     assert len(failed) == 1 and "exit status 2" in failed[0]
     assert "no linear layer is named 'nothing'" in (broken.folder.parent / "seed-0.log").read_text()
     assert cells[1].finished and not broken.finished
+
+
+@pytest.mark.parametrize("option", [["--seed", "7"], ["--seed=0"], ["--method", "ewc"]])
+def test_options_that_every_run_replaces_are_refused(
+    tmp_path: Path, option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = option[0].split("=")[0]
+    assert cli.main(arguments(tmp_path, tmp_path, tmp_path / "out", "--methods", "seqlora", *option)) == 2
+    assert f"give it {name}s and no {name}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
