@@ -15,7 +15,7 @@ from typing import Any
 
 from kif.checkpoint import difference
 from kif.config import PRESETS, SECTIONS, KIFConfig, RunConfig
-from kif.configfile import ConfigError, changed, dump_config, load_config, nearest
+from kif.configfile import ConfigError, _nearest_or_raise, changed, dump_config, load_config
 from kif.methods import ALIASES, METHODS
 from kif.preemption import Preemption, preemption
 from kif.resume import with_absolute_folders
@@ -60,14 +60,12 @@ def variant_config(base: RunConfig, name: str) -> RunConfig:
 
 def _preset_config(base: RunConfig, name: str, method: str, preset: str) -> RunConfig:
     method = ALIASES.get(method, method)
-    if method not in METHODS:
-        raise ConfigError(f"unknown method {method!r}; did you mean {nearest(method, METHODS)!r}?")
+    _nearest_or_raise(method, METHODS, "unknown method")
     if not preset:
         return replace(base, method=method)
     if method != KIF:
         raise ConfigError(f"{name!r}: only {KIF} has presets")
-    if preset not in PRESETS:
-        raise ConfigError(f"unknown preset {preset!r}; did you mean {nearest(preset, PRESETS)!r}?")
+    _nearest_or_raise(preset, PRESETS, "unknown preset")
     own = {"inner_steps": base.kif.inner_steps, "outer_steps": base.kif.outer_steps, **PRESETS[preset]}
     return replace(base, method=method, kif=KIFConfig(**own))
 
