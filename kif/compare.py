@@ -73,17 +73,20 @@ def _preset_config(base: RunConfig, name: str, method: str, preset: str) -> RunC
 def plan(base: RunConfig, names: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
     """All cells, seed by seed, so that an interrupted comparison is even.
 
-    Raises: ConfigError as `variant_config`, for a name given twice, and for a folder that holds a finished cell of
-        other settings, naming the field that differs.
+    Raises: ConfigError as `variant_config`, for two names of the same run, and for a folder that holds a finished cell
+        of other settings, naming the field that differs.
     """
-    if len(set(names)) < len(names):
-        raise ConfigError("a method is named twice")
     base = with_absolute_folders(base)
+    configs = [variant_config(base, name) for name in names]
+    for index, config in enumerate(configs):
+        if config in configs[:index]:
+            other = names[configs.index(config)]
+            raise ConfigError(f"a method is named twice: {other!r} and {names[index]!r} are the same run")
     cells = []
     for seed in seeds:
-        for name in names:
+        for name, config in zip(names, configs, strict=True):
             folder = Path(base.output) / re.sub(r"[^\w.-]", "-", name) / f"seed-{seed}"
-            cell = Cell(folder, replace(variant_config(base, name), seed=seed, output=str(folder)))
+            cell = Cell(folder, replace(config, seed=seed, output=str(folder)))
             if cell.finished:
                 _check_same(cell)
             cells.append(cell)

@@ -68,6 +68,8 @@ def test_a_name_can_set_fields(tmp_path: Path) -> None:
         (["kif:xyz"], "unknown preset 'xyz'; there are paper, "),
         (["ewc:gm"], "only recurrent-kif has presets"),
         (["ewc", "ewc"], "named twice"),
+        (["recurrent-kif", "seqlora", "kif"], "named twice: 'recurrent-kif' and 'kif' are the same run"),
+        (["seqlora:lr=1e-3", "seqlora:lr=0.001"], "named twice: 'seqlora:lr=1e-3' and 'seqlora:lr=0.001'"),
     ],
 )
 def test_unknown_names_are_refused(tmp_path: Path, names: list[str], message: str) -> None:
