@@ -166,9 +166,9 @@ def report(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("report"), metavar="DIR", help="folder (default: report)")
     options = parser.parse_args(argv)
 
-    from kif.report import accuracy_matrix_table, comparison_table, load_results, write_report
+    from kif.report import accuracy_matrix_table, comparison_table, load_runs, write_report
 
-    results = [load_results(run) for run in options.runs]
+    results = load_runs(options.runs)
     written = write_report(options.runs, options.output)
     if len(results) == 1:
         print(accuracy_matrix_table(results[0]))
@@ -201,14 +201,14 @@ def compare(argv: Sequence[str]) -> int:
     if base.continue_from:
         raise ValueError("a comparison trains from the start: give it no --from")
     from kif.compare import plan, run
-    from kif.report import comparison_table, load_results, write_report
+    from kif.report import comparison_table, load_runs, write_report
 
     cells = plan(base, options.methods.split(","), range(options.seeds))
     failed = run(cells, options.jobs)
     runs = [cell.folder for cell in cells if cell.finished]
     if runs:
         write_report(runs, Path(base.output) / "report")
-        print(comparison_table([load_results(folder) for folder in runs]))
+        print(comparison_table(load_runs(runs)))
         print(f"written: {Path(base.output) / 'report'}")
     for line in failed:
         print(line, file=sys.stderr)

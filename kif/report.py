@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kif.plots import plot_accuracy_matrix, plot_tasks
-from kif.results import ReportError, Results, group_runs, load_results, parse_results
+from kif.results import ReportError, Results, group_runs, load_results, load_runs, parse_results
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,6 +23,7 @@ __all__ = [
     "accuracy_matrix_table",
     "comparison_table",
     "load_results",
+    "load_runs",
     "parse_results",
     "plot_accuracy_matrix",
     "plot_tasks",
@@ -109,7 +110,7 @@ def write_report(runs: Sequence[Path], output: Path) -> list[Path]:
     task sequence; results.json: {"summary": mean and standard deviation by method, "runs": all results}.
     Raises ReportError for damaged results, and if `output` is a run folder, whose results.json it would replace.
     """
-    results = [load_results(run) for run in runs]
+    results = load_runs(runs)
     if not results:
         raise ReportError("no runs to report on")
     if (output / "config.yaml").exists() or output.resolve() in {run.resolve() for run in runs}:

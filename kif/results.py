@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -95,6 +95,41 @@ def load_results(run: Path) -> Results:
     except (ValueError, RecursionError) as error:  # an integer of too many digits; nested too deeply
         raise ReportError(f"{path}: invalid JSON: {error}") from error
     return parse_results(content, str(path))
+
+
+def load_runs(runs: Sequence[Path]) -> list[Results]:
+    """As `load_results`; a label of runs that were configured otherwise gets the fields in which they differ.
+
+    Where one of them has no readable config.yaml it stays as it is, and `group_runs` tells the runs apart by the hash.
+    """
+    results = [load_results(run) for run in runs]
+    for label in {result.label for result in results}:
+        same = [index for index, result in enumerate(results) if result.label == label]
+        if len({results[index].settings for index in same}) > 1:
+            for index, fields in zip(same, _differing([runs[index] for index in same]), strict=True):
+                results[index] = replace(results[index], label=f"{label} ({fields})" if fields else label)
+    return results
+
+
+def _differing(runs: Sequence[Path]) -> list[str]:
+    """Of each run the fields in which the runs' settings differ, `lr=0.001, epochs=2`; nothing if that is unknown."""
+    from kif.training import settings  # imports torch
+
+    configs = [settings(_configuration(run)) for run in runs]
+    names = dict.fromkeys(name for config in configs for name in config)
+    varying = [name for name in names if any(config.get(name) != configs[0].get(name) for config in configs)]
+    return [", ".join(f"{name}={config.get(name)}" for name in varying) if all(configs) else "" for config in configs]
+
+
+def _configuration(run: Path) -> Mapping[str, Any]:
+    """What a run's config.yaml holds, of whatever version it is; nothing if it cannot be read."""
+    import yaml
+
+    try:
+        content = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def parse_results(content: Any, where: str) -> Results:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -312,6 +312,10 @@ def model_name(model: str) -> str:
 
 def settings_key(config: RunConfig) -> str:
     """Short hash of what must be equal for two runs of a method and sequence to be repetitions of each other."""
+    return hashlib.sha256(json.dumps(settings(asdict(config)), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration of which `settings_key` is made."""
     named = {"method", "model", "data", "order", "tasks", "eval_split", "eval_mode", "continue_from", *SECTIONS}
-    content = {name: value for name, value in asdict(config).items() if name not in named | {"seed", *INCIDENTAL}}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+    return {name: value for name, value in config.items() if name not in named | {"seed", *INCIDENTAL}}

@@ -181,3 +181,12 @@ def test_options_that_every_run_replaces_are_refused(
     assert cli.main(arguments(tmp_path, tmp_path, tmp_path / "out", "--methods", "seqlora", *option)) == 2
     assert f"give it {name}s and no {name}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_a_sweep_are_told_apart(
+    written: Path, tiny_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = ["--methods", "seqlora:lr=1e-3,seqlora:lr=1e-2"]
+    assert cli.main(arguments(written, tiny_models["bert"], tmp_path / "out", *sweep)) == 0
+    table = capsys.readouterr().out
+    assert "seqlora (lr=0.001) " in table and "seqlora (lr=0.01) " in table and "settings" not in table

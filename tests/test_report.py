@@ -12,7 +12,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from kif import report
-from kif.report import ReportError, Results, comparison_table, load_results, parse_results, write_report
+from kif.config import RunConfig
+from kif.configfile import dump_config
+from kif.report import ReportError, Results, comparison_table, load_results, load_runs, parse_results, write_report
 
 TASKS = ["dbpedia", "amazon", "yahoo", "agnews"]
 
@@ -237,3 +239,27 @@ def test_runs_of_other_settings_are_no_repetitions() -> None:
         ("seqlora (settings b)", 1),
         ("kif", 1),
     ]
+
+
+def test_runs_of_a_sweep_are_named_by_the_fields_in_which_they_differ(tmp_path: Path) -> None:
+    runs = []
+    for lr, seed in ((1e-3, 0), (1e-3, 1), (1e-2, 0)):
+        runs.append(save(tmp_path / f"{lr}-{seed}", content(seed=seed, settings=str(lr))))
+        dump_config(RunConfig(model="m", data="d", lr=lr, seed=seed, output=str(runs[-1])), runs[-1] / "config.yaml")
+    other = save(tmp_path / "other", content("kif", settings="c"))
+    groups = report.group_runs(load_runs([*runs, other]))
+    assert [(name, len(found)) for name, found in groups] == [
+        ("seqlora (lr=0.001)", 2),
+        ("seqlora (lr=0.01)", 1),
+        ("kif", 1),
+    ]
+    write_report(runs, tmp_path / "report")
+    summary = json.loads((tmp_path / "report" / "results.json").read_text())["summary"]
+    assert [entry["label"] for entry in summary] == ["seqlora (lr=0.001)", "seqlora (lr=0.01)"]
+    # without the configuration of one it is not known in what they differ
+    for damage in ("lr: [", None):
+        (runs[1] / "config.yaml").write_text(damage) if damage else (runs[1] / "config.yaml").unlink()
+        assert [name for name, _ in report.group_runs(load_runs(runs))] == [
+            "seqlora (settings 0.001)",
+            "seqlora (settings 0.01)",
+        ]
