@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -69,7 +71,8 @@ class Predictor:
         """Answer lines in their order; each batch is written and flushed before the next is read.
 
         Lines are objects with `input` and, where no task gives it, `instruction`; `label` and `references` are compared
-        with the answer. An answered line is its object with `answer` added. Blank lines are left out.
+        with the answer. An answered line is its object with `answer` added, which it must not hold yet. Blank lines are
+        left out.
 
         Args:
             source: the lines.
@@ -122,6 +125,8 @@ class Predictor:
         content = _parse(Path(name), number, data.removeprefix(b"\xef\xbb\xbf") if number == 1 else data)
         if "input" not in content:
             raise DataError("is missing", name, number, "input")
+        if "answer" in content:
+            raise DataError("would be overwritten: rename it, or remove it", name, number, "answer")
         for field in ("instruction", "input", "label"):
             value = content.get(field, "")
             if not isinstance(value, str):
@@ -195,6 +200,28 @@ def _batches(lines: Iterator[Line], size: int) -> Iterator[tuple[list[Line], Dat
             batch = []
 
 
+def _unpacked(path: Path) -> Iterator[bytes]:
+    """Lines of a gzip file. Raises: DataError where it is broken."""
+    try:
+        with gzip.open(path) as file:
+            yield from file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"broken gzip file: {error}", path) from error
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[TextIO]:
+    """A new file to write. One in which nothing is written before an error is removed, or it would stop the retry."""
+    file = path.open("x", encoding="utf-8")
+    try:
+        with file:
+            yield file
+    except BaseException:
+        if path.stat().st_size == 0:
+            path.unlink()
+        raise
+
+
 def predict_file(
     run: Path,
     file: str,
@@ -206,8 +233,8 @@ def predict_file(
     batch_size: int | None = None,
     **changes: Any,
 ) -> None:
-    """`Predictor.run` on a file, or on standard input for `-`, into a new file or to standard output; a score is told
-    on standard error.
+    """`Predictor.run` on a file, which may be a .gz, or on standard input for `-`, into a new file or to standard
+    output; a score is told on standard error.
 
     Raises: as Predictor; FileNotFoundError for the file, FileExistsError for an output that exists.
     """
@@ -217,8 +244,14 @@ def predict_file(
         raise FileExistsError(f"{output} exists: choose another --output, or remove it")
     predictor = Predictor(run, task, checkpoint, **changes)
     with ExitStack() as stack:
-        source = sys.stdin.buffer if file == "-" else stack.enter_context(open(file, "rb"))
-        written = sys.stdout if output is None else stack.enter_context(output.open("x", encoding="utf-8"))
+        source: Iterable[bytes]
+        if file == "-":
+            source = sys.stdin.buffer
+        elif file.endswith(".gz"):
+            source = _unpacked(Path(file))
+        else:
+            source = stack.enter_context(open(file, "rb"))
+        written = sys.stdout if output is None else stack.enter_context(_new_file(output))
         name = "<stdin>" if file == "-" else file
         _, score, labelled = predictor.run(source, name, written, text=text, batch_size=batch_size)
     if score is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import sys
@@ -134,6 +135,7 @@ def test_a_broken_line_stops_after_those_before_it(
     [
         ("[]", "must be a JSON object"),
         ('{"instruction": ""}', "field 'input': is missing"),
+        ('{"instruction": "", "input": "x", "answer": "mine"}', "field 'answer': would be overwritten"),
         ('{"input": "x"}', "field 'instruction': is missing, and no task is named"),
         ('{"instruction": "", "input": 3}', "field 'input': must be a text, not a number"),
         ('{"instruction": "", "input": "\\ud800"}', "half a surrogate pair"),
@@ -164,3 +166,31 @@ def test_bad_lines_are_named(
 def test_bad_options(runs: Runs, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", str(runs("recurrent-kif", "t5")), *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_output_without_answers_does_not_stop_the_retry(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    good = json.dumps({"instruction": "Which? ", "input": "a red one"}) + "\n"
+    command = ["predict", str(runs("recurrent-kif", "t5")), str(file), "--output", str(output)]
+    file.write_text("{broken\n" + good)
+    assert main(command) == 2 and not output.exists()
+    # answers that were written stay
+    file.write_text(good + "{broken\n")
+    assert main(command) == 2 and len(answers(output.read_text())) == 1
+    assert main(command) == 2
+    assert "out.jsonl exists" in capsys.readouterr().err
+
+
+def test_packed_lines(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, plain = str(runs("recurrent-kif", "t5")), runs.written / "colours" / "test.jsonl"
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    assert main(["predict", run, str(plain)]) == main(["predict", run, str(packed)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[: len(lines) // 2] == lines[len(lines) // 2 :] != []
+    for broken in (b"no gzip", packed.read_bytes()[:-12]):
+        packed.write_bytes(broken)
+        assert main(["predict", run, str(packed)]) == 2
+        assert "rows.jsonl.gz: broken gzip file: " in capsys.readouterr().err
