@@ -126,11 +126,11 @@ def load_order(folder: str | Path, order: str) -> list[str]:
     """The task names of a named order in FOLDER/orders.json, in training order.
 
     Raises:
-        DataError: no such file or order, or it does not hold a list of names.
+        DataError: no such file or order, or it does not hold a list of names of tasks in FOLDER.
     """
     path = Path(folder) / "orders.json"
+    available = _task_names(Path(folder))  # a wrong folder is the likelier reason, and has its own message
     if not path.is_file():
-        _task_names(Path(folder))  # a wrong folder is the likelier reason, and has its own message
         raise DataError("no such file, so there are no named orders; name the tasks themselves", path)
     orders = _read_object(path)
     if order not in orders:
@@ -138,6 +138,9 @@ def load_order(folder: str | Path, order: str) -> list[str]:
     tasks = orders[order].get("tasks") if isinstance(orders[order], dict) else None
     if not isinstance(tasks, list) or not tasks or not all(isinstance(name, str) for name in tasks):
         raise DataError("must hold a list of task names", path, field=f"{order}.tasks")
+    for name in tasks:
+        if name not in available:
+            raise DataError(f"unknown task {name!r}; {suggest(name, available)}", path, field=f"{order}.tasks")
     return list(tasks)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -288,12 +288,27 @@ def checkpoint_folder(run: Path, index: int, task: str) -> Path:
 
 
 def adapter_folder(run: Path, tasks: Sequence[str], checkpoint: int | None) -> Path:
-    """The final adapter of a run, or the one after task `checkpoint`, from 1. Raises: ValueError for another number."""
+    """The final adapter of a run, or the one after task `checkpoint`, from 1.
+
+    Raises: ValueError where there is none, naming those that there are.
+    """
     if checkpoint is None:
         return run / "adapter"
-    if not 1 <= checkpoint <= len(tasks):
-        raise ValueError(f"checkpoint must lie between 1 and {len(tasks)}, got {checkpoint}")
-    return checkpoint_folder(run, checkpoint - 1, tasks[checkpoint - 1])
+    folders = {n: checkpoint_folder(run, n - 1, task) for n, task in enumerate(tasks, 1)}
+    # of a run that continues another, and of one that trains all tasks at once, not every task has one
+    there = {n: folder for n, folder in folders.items() if folder.is_dir()}
+    if checkpoint not in there:
+        known = ", ".join(f"{n} ({tasks[n - 1]})" for n in there) or "none"
+        raise ValueError(f"{run} has no checkpoint {checkpoint}; there is {known}{_earlier(run, checkpoint, there)}")
+    return there[checkpoint]
+
+
+def _earlier(run: Path, checkpoint: int, there: Collection[int]) -> str:
+    """Where a checkpoint may be that comes before those of a run."""
+    from kif.configfile import load_config
+
+    earlier = load_config(run / "config.yaml").continue_from
+    return f"; those before are in {earlier}" if earlier and there and 1 <= checkpoint < min(there) else ""
 
 
 def peak_memory(device: torch.device) -> int:

@@ -148,6 +148,10 @@ def test_old_data_may_be_gone_and_removed_rows_stay_removed(
     assert (tmp_path / "second" / "memory" / "colours.jsonl").read_text() == kept
     assert (tmp_path / "second" / "memory" / "sizes.jsonl").read_text() == ""
     assert [path.name for path in (tmp_path / "second" / "checkpoints").iterdir()] == ["task-03-moods"]
+    with pytest.raises(ValueError, match=r"second has no checkpoint 7; there is 3 \(moods\)$"):
+        evaluate_run(tmp_path / "second", progress=False, checkpoint=7)
+    with pytest.raises(ValueError, match=r"there is 3 \(moods\); those before are in .*first$"):
+        evaluate_run(tmp_path / "second", progress=False, checkpoint=2)
     assert classes == ["red", "green", "big", "small", "tiny", "happy", "sad"], "old classes first"
     assert evaluate_run(tmp_path / "second", progress=False)["tasks"] == ["moods"]
     # where the data are back they are scored, though without the column in which they were not

@@ -36,7 +36,7 @@ def test_demo_ends_in_a_table_a_picture_and_what_was_measured(
 def test_demo_refuses_before_training(written: Path, tiny_models: dict[str, Path], tmp_path: Path) -> None:
     model = str(tiny_models["bert"])
     (tmp_path / "used" / "recurrent-kif").mkdir(parents=True)
-    with pytest.raises(FileExistsError, match="used is not empty"):
+    with pytest.raises(FileExistsError, match=r"used is not empty: choose another --output, or remove it$"):
         run_demo(tmp_path / "used", str(written), model, 12, 0)
     with pytest.raises(ValueError, match="tasks of the hub"):
         run_demo(tmp_path / "new", "hub", model, 12, 0)

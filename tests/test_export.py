@@ -121,4 +121,4 @@ def test_refusals(
     assert main(["export", str(tmp_path / "nowhere"), str(tmp_path / "new")]) == 2
     assert "tasks.json does not exist" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "plain"), str(tmp_path / "new"), "--checkpoint", "9"]) == 2
-    assert "checkpoint must lie between 1 and 2" in capsys.readouterr().err
+    assert "plain has no checkpoint 9; there is 1 (colours), 2 (sizes)" in capsys.readouterr().err

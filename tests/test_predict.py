@@ -158,7 +158,7 @@ def test_bad_lines_are_named(
     [
         (["--eval-mode", "rank"], "name the task with --task, ranking needs its labels; there are colours, sizes"),
         (["--task", "color"], "no task 'color'; did you mean 'colours'?"),
-        (["--checkpoint", "3"], "checkpoint must lie between 1 and 2"),
+        (["--checkpoint", "3"], "has no checkpoint 3; there is 1 (colours), 2 (sizes)"),
         (["nowhere.jsonl"], "nowhere.jsonl does not exist"),
         (["--batch-size", "0"], "must be at least 1"),
     ],

@@ -227,10 +227,14 @@ def test_orders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file, so there are no named orders") as caught:
         load_order(tmp_path, "1")
     assert caught.value.path == path
-    path.write_text(json.dumps({"long": {"tasks": ["a", "b"]}, "none": {"tasks": []}, "odd": ["a"]}))
-    assert load_order(tmp_path, "long") == ["a", "b"]
-    with pytest.raises(DataError, match=r"unknown order 'lnog'; did you mean 'long'\? there are long, none, odd"):
+    orders = {"long": ["colours", "colours"], "none": [], "gone": ["colours", "colour"]}
+    path.write_text(json.dumps({**{name: {"tasks": tasks} for name, tasks in orders.items()}, "odd": ["a"]}))
+    assert load_order(tmp_path, "long") == ["colours", "colours"]
+    with pytest.raises(DataError, match=r"unknown order 'lnog'; did you mean 'long'\? there are long, none, gone, odd"):
         load_order(tmp_path, "lnog")
+    with pytest.raises(DataError, match="unknown task 'colour'; did you mean 'colours'") as caught:
+        load_order(tmp_path, "gone")
+    assert (caught.value.path, caught.value.field) == (path, "gone.tasks")
     for name in ("none", "odd"):
         with pytest.raises(DataError, match="must hold a list of task names") as caught:
             load_order(tmp_path, name)
