@@ -28,11 +28,8 @@ from typing import Any, Literal, cast
 DEFAULT_TEMPLATE = "{instruction}{input}\nAnswer:"
 SPLITS = ("train", "validation", "test")
 _SUFFIXES = (".jsonl", ".jsonl.gz")
-_TASK_KEYS = (
-    "metric", "labels", "category", "domain", "dropped", "notes", "overlap", "prompt_family",
-    "rows_with_several_references", "source", "source_license", "source_url", "splits", "task",
-)  # fmt: skip
-"""What a task's entry in manifest.json may hold; behind the first two, which are read, what describes the task."""
+_TASK_KEYS = ("metric", "labels")
+"""What is read of a task's entry in manifest.json; others may describe the task."""
 
 
 class DataError(ValueError):
@@ -246,8 +243,9 @@ def _load_task(folder: Path, name: str, manifest: dict[str, Any]) -> Task:
     if not isinstance(entry, dict):
         raise DataError(f"has no entry for the task folder {name!r}", path, field="tasks")
     for key in entry:
-        if key not in _TASK_KEYS:  # a misspelt one would be left to its default
-            raise DataError(f"unknown key {key!r}; {suggest(key, _TASK_KEYS)}", path, field=f"tasks.{name}")
+        close = difflib.get_close_matches(key.lower(), _TASK_KEYS, 1, 0.8)
+        if close and key not in _TASK_KEYS:  # it would be left to its default
+            raise DataError(f"unknown key {key!r}; did you mean {close[0]!r}?", path, field=f"tasks.{name}")
     metric, labels = entry.get("metric", "accuracy"), entry.get("labels")
     if metric not in ("accuracy", "rougeL"):
         raise DataError(f"must be accuracy or rougeL, not {metric!r}", path, field=f"tasks.{name}.metric")
