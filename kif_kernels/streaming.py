@@ -58,15 +58,13 @@ class StreamingThreshold:
         self._numels = (numel,) if segments is None else segments.numels
         groups = len(self._numels)
         self.thresholds = torch.zeros(sides, groups, dtype=torch.float32, device=device)
-        # a copy from the host would wait for the device: one number is filled in, several are kept with the segments
-        self._sizes = segments.sizes(device) if segments is not None and len(set(self._numels)) > 1 else None
         self._ranks = torch.empty(groups, dtype=torch.int64, device=device)
         self._limits = torch.empty(groups, dtype=torch.int64, device=device)
-        limit = 0.0 if exact else APPROXIMATE_LIMIT
-        if self._sizes is None:
+        limit, sizes = 0.0 if exact else APPROXIMATE_LIMIT, self._sizes()
+        if sizes is None:
             self._limits.fill_(math.floor(limit * self._numels[0]))
         else:
-            self._limits.copy_((limit * self._sizes).floor())
+            self._limits.copy_((limit * sizes).floor())
         self._histograms: Tensor | None = None
         self._state: Tensor | None = None
         if backend_name(device.type) in ("triton", "interpret"):
@@ -77,10 +75,10 @@ class StreamingThreshold:
 
     def set_density(self, density: float | Tensor) -> None:
         """Use another density from the next selection on."""
-        if self._sizes is None and not isinstance(density, Tensor):
+        n = self._sizes()
+        if n is None and not isinstance(density, Tensor):
             self._ranks.fill_(mask_size(density, self._numels[0]))
             return
-        n = self._sizes
         if n is None:
             n = torch.full((), self._numels[0], dtype=torch.float64, device=self._ranks.device)
         if isinstance(density, Tensor):
@@ -90,6 +88,12 @@ class StreamingThreshold:
             check_unit("density", density)
             k = (density * n * (1.0 - 2.0**-52)).ceil()  # as mask_size
         self._ranks.copy_(torch.minimum(k.clamp(min=1.0), n))
+
+    def _sizes(self) -> Tensor | None:
+        """float64 [groups] of sizes that differ, kept with the segments: a copy from the host waits for the device."""
+        if self.segments is None or len(set(self._numels)) == 1:
+            return None
+        return self.segments.sizes(self.thresholds.device)
 
     def set_rank(self, k: int) -> None:
         """Select the k-th largest of every group, whatever the density; k counts from 1."""
