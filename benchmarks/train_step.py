@@ -228,6 +228,7 @@ def train_round(
     return losses
 
 
+@without_cudnn()
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """One contender: milliseconds of each round, tokens in a second, its parts, peak memory in bytes."""
     device = torch.device(options.device)
@@ -314,6 +315,7 @@ def _features(lm: LanguageModel, row: Encoded) -> dict[str, list[int]]:
     }  # fmt: skip
 
 
+@without_cudnn()
 def trajectory(options: argparse.Namespace) -> dict[str, Any]:
     """Losses of `per-tensor` and the last contender over `options.trajectory` steps, same rows, same weights."""
     device = torch.device(options.device)
@@ -380,23 +382,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.dropout and options.trajectory:
         parser.error("losses are compared without --dropout, whose draws would differ")
     if options.only:
-        with without_cudnn():
-            print(json.dumps(measure(options)))
+        print(json.dumps(measure(options)))
         return 0
     settings = {name: value for name, value in vars(options).items() if name not in ("json", "only")}
     document: dict[str, Any] = {"settings": settings, "environment": environment(torch.device(options.device))}
     if options.trajectory:
-        with without_cudnn():
-            document["trajectory"] = trajectory(options)
+        document["trajectory"] = trajectory(options)
         print(json.dumps(document["trajectory"]))
+        if options.json:
+            write_json(options.json, document)
     else:
         for found in _in_turns(options, list(arguments if arguments is not None else sys.argv[1:])):
             document["contenders"] = found
             if options.json:
                 write_json(options.json, document)
         print(table(document["contenders"]))
-    if options.json:
-        write_json(options.json, document)
     return int(any("error" in row for row in document.get("contenders", {}).values()))
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from kif.checkpoint import difference
 from kif.config import PRESETS, SECTIONS, KIFConfig, RunConfig
-from kif.configfile import ConfigError, _nearest_or_raise, changed, dump_config, load_config
-from kif.methods import ALIASES, METHODS
+from kif.configfile import ConfigError, _nearest_or_raise, changed, dump_config, full_method_name, load_config
+from kif.methods import METHODS
 from kif.preemption import Preemption, preemption
 from kif.resume import with_absolute_folders
 from kif.training import INCIDENTAL
@@ -59,8 +59,7 @@ def variant_config(base: RunConfig, name: str) -> RunConfig:
 
 
 def _preset_config(base: RunConfig, name: str, method: str, preset: str) -> RunConfig:
-    method = ALIASES.get(method, method)
-    _nearest_or_raise(method, METHODS, "unknown method")
+    method = full_method_name(method)
     if not preset:
         return replace(base, method=method)
     if method != KIF:

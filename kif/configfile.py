@@ -145,15 +145,21 @@ def check_inputs(config: RunConfig) -> RunConfig:
             "no data: give the folder that holds the tasks with --data, as `data:` in the YAML file or in the "
             "environment variable KIF_DATA; `--data hub` reads them from the Hugging Face hub"
         )
-    from kif.methods import ALIASES, METHODS
-
-    method = ALIASES.get(config.method, config.method)
-    _nearest_or_raise(method, METHODS, "unknown method")
+    method = full_method_name(config.method)
     paths = {"data": data} | {
         name: getattr(config, name) for name in ("model", "output", "continue_from", "memory_data")
     }
     homes = {name: os.path.expanduser(path) for name, path in paths.items() if path and path.startswith("~")}
     return dataclasses.replace(config, **{"data": data, "method": method, **homes})
+
+
+def full_method_name(name: str, problem: str = "unknown method") -> str:
+    """The name of a method that may be given by its short one. Raises: ConfigError, `problem` first, for none."""
+    from kif.methods import ALIASES, METHODS
+
+    name = ALIASES.get(name, name)
+    _nearest_or_raise(name, METHODS, problem)
+    return name
 
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:
@@ -292,10 +298,7 @@ def _build(values: Mapping[str, Any], where: Any) -> RunConfig:
             raise ConfigError(f"{where(key)}: unknown field {key!r}{_suggestion(key)}")
     checked = {key: _converted(key, value, types[key], where(key)) for key, value in values.items()}
     if "method" in checked:
-        from kif.methods import ALIASES, METHODS
-
-        checked["method"] = ALIASES.get(checked["method"], checked["method"])
-        _nearest_or_raise(checked["method"], METHODS, f"{where('method')}: unknown method")
+        checked["method"] = full_method_name(checked["method"], f"{where('method')}: unknown method")
     run = {key: value for key, value in checked.items() if "." not in key}
     parts: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for key, value in checked.items():

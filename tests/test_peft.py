@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import topic_task
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM
+from trl_setup import supervised
 
 from kif import KIFConfig, OptimizerConfig, RecurrentKIF
 from kif.arena import ArenaError, ParameterArena
@@ -437,20 +437,9 @@ def test_the_trainer_takes_an_adapter_in_bf16(tiny_models: Folders, tmp_path: Pa
 
 
 def test_trl_trains_on_a_quantised_base(tiny_models: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     pytest.importorskip("bitsandbytes")
-    from kif.trainer import KIFArguments, KIFMixin
-
-    monkeypatch.setenv("CI", "1")  # TRL counts its users, but not in tests
-
-    @dataclass
-    class Arguments(KIFArguments, trl.SFTConfig):  # type: ignore[misc, name-defined]
-        pass
-
-    class Supervised(KIFMixin, trl.SFTTrainer):  # type: ignore[misc, name-defined]
-        pass
-
+    Supervised, Arguments = supervised(monkeypatch)
     lm = load(tiny_models, "llama", quantization="nf4", precision="bf16")
     lm.tokenizer.pad_token = lm.tokenizer.pad_token or lm.tokenizer.eos_token
     rows = datasets.Dataset.from_list([{"input_ids": [*row.input_ids]} for row in lm.encode(TASK, TASK.train)])

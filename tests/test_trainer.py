@@ -7,7 +7,6 @@ import os
 import runpy
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from tiny import topic_task
 from transformers import DataCollatorForSeq2Seq, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from trl_setup import supervised
 
 import kif
 from kif import KIFCallback, KIFConfig, KIFTrainer, KIFTrainingArguments, OptimizerConfig, RecurrentKIF
@@ -436,21 +436,6 @@ def test_trackers_get_what_the_method_logs(
     assert sum("memory_loss" in entry and "kept_both" in entry for entry in logged) == 4
     assert len([entry for entry in logged if "loss" in entry]) == STEPS
     assert KIFTrainingArguments(str(tmp_path)).report_to == []
-
-
-def supervised(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
-    """TRL's SFTTrainer with rounds, and the class of its arguments."""
-    trl = pytest.importorskip("trl")
-    monkeypatch.setenv("CI", "1")  # TRL counts its users, but not in tests
-
-    @dataclass
-    class Arguments(KIFArguments, trl.SFTConfig):  # type: ignore[misc, name-defined]
-        pass
-
-    class Supervised(KIFMixin, trl.SFTTrainer):  # type: ignore[misc, name-defined]
-        pass
-
-    return Supervised, Arguments
 
 
 def texts_of(task: Any) -> Any:
