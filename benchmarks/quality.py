@@ -204,8 +204,22 @@ def plan(args: argparse.Namespace, rows: dict[str, dict[str, Any]]) -> dict[Cell
     return cells
 
 
-def document(args: argparse.Namespace, cells: dict[Cell, RunConfig], finished: dict[Cell, Any]) -> dict[str, Any]:
-    """What is written: settings, means over the seeds that are finished, and every cell."""
+def stored_cells(paths: list[Path]) -> list[dict[str, Any]]:
+    """The cells of result files, each with the environment it was measured in; of equal ones the last file's counts."""
+    documents = [json.loads(path.read_text()) for path in paths]
+    return [{"environment": found["environment"], **cell} for found in documents for cell in found["cells"]]
+
+
+def document(
+    args: argparse.Namespace,
+    cells: dict[Cell, RunConfig],
+    finished: dict[Cell, dict[str, Any]],
+    elsewhere: dict[Cell, dict[str, Any]],
+) -> dict[str, Any]:
+    """What is written: settings, means over the seeds that are finished, and every cell.
+
+    Cells that were not run here, in `elsewhere`, have an environment of their own.
+    """
     from kif.doctor import environment
     from kif.training import model_name
 
@@ -223,7 +237,12 @@ def document(args: argparse.Namespace, cells: dict[Cell, RunConfig], finished: d
         "environment": environment(),
         "summary": summary,
         "cells": [
-            {"row": key[0], "config": portable(config), "results": finished[key]}
+            {
+                "row": key[0],
+                "config": portable(config),
+                **({"environment": elsewhere[key]} if key in elsewhere else {}),
+                "results": finished[key],
+            }
             for key, config in cells.items()
             if key in finished
         ],
@@ -263,10 +282,10 @@ def main() -> None:
             parser.error(f"no row {variant!r} in {args.table}; there are {', '.join(rows)}")
 
     cells = plan(args, rows)
-    stored = [cell for path in args.known for cell in json.loads(path.read_text())["cells"]]
-    finished: dict[Cell, dict[str, Any]] = {
-        key: cell["results"] for key, config in cells.items() for cell in stored if cell["config"] == portable(config)
-    }
+    stored = stored_cells(args.known)
+    known = {key: cell for key, config in cells.items() for cell in stored if cell["config"] == portable(config)}
+    finished: dict[Cell, dict[str, Any]] = {key: cell["results"] for key, cell in known.items()}
+    elsewhere: dict[Cell, dict[str, Any]] = {key: cell["environment"] for key, cell in known.items()}
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(args.jobs) as pool:
@@ -275,8 +294,8 @@ def main() -> None:
             key = futures[future]
             finished[key] = future.result()
             print(f"{len(finished)}/{len(cells)} {key}: OP {finished[key]['op']:.1f}", flush=True)
-            args.output.write_text(json.dumps(document(args, cells, finished), indent=1) + "\n")
-    found = document(args, cells, finished)
+            args.output.write_text(json.dumps(document(args, cells, finished, elsewhere), indent=1) + "\n")
+    found = document(args, cells, finished, elsewhere)
     args.output.write_text(json.dumps(found, indent=1) + "\n")
     print(table(found["summary"]))
 

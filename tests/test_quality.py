@@ -51,11 +51,11 @@ def test_unfinished_tables_are_written_and_known_cells_are_not_run_again(
     args = arguments(tmp_path)
     cells = quality.plan(args, quality.TABLES["table1"])
     first = {key: results(config, 50.0) for key, config in list(cells.items())[:3]}
-    found = quality.document(args, cells, first)
+    found = quality.document(args, cells, first, {})
     assert found["summary"]["EWC"]["1"]["seeds"] == [0, 1] and found["summary"]["L2P"]["1"]["seeds"] == [0]
     assert found["summary"]["EWC"]["1"]["learned"] == 55.0 and len(found["cells"]) == 3
     stored = tmp_path / "stored.json"
-    stored.write_text(json.dumps(found))
+    stored.write_text(json.dumps({**found, "environment": {"cpu": "another"}}))
 
     ran: list[RunConfig] = []
 
@@ -90,4 +90,6 @@ def test_unfinished_tables_are_written_and_known_cells_are_not_run_again(
     assert [(config.method, config.seed) for config in ran] == [("l2p", 1)]
     written = json.loads((tmp_path / "table.json").read_text())
     assert written["summary"]["L2P"]["1"]["op"]["values"] == [50.0, 70.0]
+    assert [cell.get("environment") for cell in written["cells"]] == 3 * [{"cpu": "another"}] + [None]
+    assert written["environment"] != {"cpu": "another"}
     assert "| EWC | 50.0 ± 0.0 |" in capsys.readouterr().out
