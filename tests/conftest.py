@@ -20,7 +20,7 @@ from tiny import build_tiny
 settings.register_profile("campaign", max_examples=10_000, deadline=None)
 
 
-LONGEST = ("test_interpreter.py", "test_contract.py", "test_distributed.py", "test_resume.py")
+LONGEST = ("test_interpreter.py", "test_emulated.py", "test_contract.py", "test_distributed.py", "test_resume.py")
 """Files that take longest: they begin first, so that no worker of pytest-xdist is left with one at the end."""
 
 

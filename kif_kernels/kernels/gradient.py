@@ -41,6 +41,9 @@ def gradient_state_kernel(
     CLIP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # all warps read what one writes below: before the barriers of the sum, not beside that
+    step = tl.load(step_ptr)
+    skipped = tl.load(skipped_ptr)
     total = tl.zeros([BLOCK], dtype=tl.float64)
     for block in range(0, tl.cdiv(partials, BLOCK)):
         at = block * BLOCK + tl.arange(0, BLOCK)
@@ -58,8 +61,8 @@ def gradient_state_kernel(
         tl.store(scale_ptr, 1.0)
     taken = tl.where(finite, 1, 0)
     tl.store(skip_ptr, (1 - taken).to(tl.int8))
-    tl.store(step_ptr, tl.load(step_ptr) + taken.to(tl.float64))
-    tl.store(skipped_ptr, tl.load(skipped_ptr) + (1 - taken).to(tl.int64))
+    tl.store(step_ptr, step + taken.to(tl.float64))
+    tl.store(skipped_ptr, skipped + (1 - taken).to(tl.int64))
 
 
 def gradient_state_(

@@ -1,7 +1,8 @@
-"""Where the kernels run: interpreted if the process was started for that, else on a GPU; nowhere else (ignored).
+"""Where the kernels run: interpreted or emulated if the process was started for that, else on a GPU; nowhere else.
 
 Triton decides when it is imported, so `tests/test_interpreter.py` starts a process with KIF_BACKEND=interpret and
-TRITON_INTERPRET=1.
+TRITON_INTERPRET=1. With KIF_PTX=80 or 90 what is compiled for that architecture runs in `tests/ptx`, with KIF_PTX_ORDER
+a seed for the order of warps.
 """
 
 from __future__ import annotations
@@ -12,13 +13,22 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("KIF_BACKEND") == "interpret" and os.environ.get("TRITON_INTERPRET") == "1"
-ON_CUDA = not INTERPRETED and torch.cuda.is_available() and os.environ.get("KIF_BACKEND") in (None, "", "triton")
+EMULATED = not INTERPRETED and bool(os.environ.get("KIF_PTX"))
+ON_CPU = INTERPRETED or EMULATED
+ON_CUDA = not ON_CPU and torch.cuda.is_available() and os.environ.get("KIF_BACKEND") in (None, "", "triton")
 NO_GPU = "needs a GPU"
 
 if INTERPRETED:
     from kernel_tests.interpreter import correct_interpreter
 
     correct_interpreter()
+elif EMULATED:
+    from ptx.launch import emulate
+
+    import kif_kernels.kernels  # noqa: F401  compiled mode is settled
+
+    order = os.environ.get("KIF_PTX_ORDER")
+    emulate(int(os.environ["KIF_PTX"]), int(order) if order else None)
 elif not ON_CUDA:
     collect_ignore_glob = ["test_*.py"]
 
@@ -43,9 +53,17 @@ def device() -> torch.device:
 
 
 @pytest.fixture(autouse=True)
+def operations_take_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not from the beginning: kernels of tests would be interpreted."""
+    if EMULATED:
+        monkeypatch.setenv("KIF_BACKEND", "interpret")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted, a program costs as much as a block: two show what six do. Some tests take other numbers."""
-    if INTERPRETED:
+    if ON_CPU:
         from kif_kernels.kernels import launch
 
         monkeypatch.setattr(launch, "PROGRAMS_PER_SM", 2)

@@ -1,0 +1,398 @@
+"""What each instruction does: a function of the machine and the threads that take part."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from . import arithmetic
+from .arithmetic import Array
+from .machine import FORMS, WARP, Machine
+from .memory import ATOMIC, READ, WRITE, Ints
+from .program import Fault, Instruction, Operand, Program
+
+Step = Callable[[Machine, Ints], "int | None"]
+Get = Callable[[Machine, Ints], Array]
+
+_LOGIC = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, "not": np.logical_not}
+_BITS = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert}
+_NUMBERS = {"add": np.add, "sub": np.subtract, "abs": np.abs, "neg": np.negative}
+_SHIFTS = {"shl": arithmetic.shifted_left, "shr": arithmetic.shifted_right}
+_COMPARE = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+}  # fmt: skip
+_EXTREMES = {"min": (np.minimum, np.fmin), "max": (np.maximum, np.fmax)}
+"""Of integers; of floats, where a number goes before nan."""
+
+
+def decode(program: Program) -> list[Step]:
+    """Raises: Fault that names an instruction that is not known."""
+    steps = []
+    for line, instruction in enumerate(program.code):
+        step = _Decoder(program, instruction, line).step()
+        if step is None:
+            raise Fault(f"not known: {instruction.text}")
+        steps.append(step)
+    return steps
+
+
+class _Decoder:
+    def __init__(self, program: Program, instruction: Instruction, line: int) -> None:
+        self.program, self.line = program, line
+        self.parts, self.operands = instruction.parts, instruction.operands
+        self.kind = self.parts[-1]
+
+    def step(self) -> Step | None:
+        """None: not known."""
+        name = self.parts[0]
+        special = getattr(self, f"do_{name}", None)
+        if special is not None:
+            step: Step | None = special()
+            return step
+        function = self._function(name)
+        return None if function is None else self._plain(function)
+
+    # operands
+
+    def _form(self, register: str) -> Any:
+        declared = self.program.registers
+        return FORMS[declared[register] if register in declared else declared[register.rstrip("0123456789")]]
+
+    def _get(self, operand: Operand, kind: str) -> Get:
+        assert isinstance(operand, str)
+        form = np.dtype(FORMS[kind])
+        if not operand.startswith("%"):
+            value = _number(operand, form)
+            return lambda machine, who: value
+        if form == np.bool_:
+            return lambda machine, who: machine.read(operand, who)
+        unsigned = np.dtype(f"u{form.itemsize}")
+
+        def get(machine: Machine, who: Ints) -> Array:
+            value = machine.read(operand, who)
+            return (value if value.itemsize == form.itemsize else value.astype(unsigned)).view(form)
+
+        return get
+
+    def _put(self, operand: Operand) -> Callable[[Machine, Array, Ints], None]:
+        """Values of another size than the register's are cut, or extended by their sign if they have one."""
+        assert isinstance(operand, str)
+        if operand == "_":
+            return lambda machine, value, who: None
+        form = np.dtype(self._form(operand))
+
+        def put(machine: Machine, value: Array, who: Ints) -> None:
+            if value.itemsize != form.itemsize:
+                value = value.astype(f"{'i' if value.dtype.kind == 'i' else 'u'}{form.itemsize}")
+            machine.write(operand, value, who, form)
+
+        return put
+
+    def _plain(self, function: Callable[..., Array], kinds: list[str] | None = None) -> Step:
+        """First operand = function of the others, which are of the instruction's type or of `kinds`."""
+        kinds = kinds or [self.kind] * (len(self.operands) - 1)
+        gets = [self._get(operand, kind) for operand, kind in zip(self.operands[1:], kinds, strict=True)]
+        put = self._put(self.operands[0])
+        flush = "ftz" in self.parts
+
+        def step(machine: Machine, who: Ints) -> None:
+            values = [get(machine, who) for get in gets]
+            if flush:
+                values = [arithmetic.flushed(value) for value in values]
+            with np.errstate(all="ignore"):
+                put(machine, np.asarray(function(*values)), who)
+
+        return step
+
+    # numbers
+
+    def _function(self, name: str) -> Callable[..., Array] | None:
+        if self.kind == "pred":
+            return _LOGIC.get(name)
+        if name in _EXTREMES:
+            return _EXTREMES[name][self.kind[0] == "f"]
+        return _BITS.get(name) or _NUMBERS.get(name)
+
+    def do_shl(self) -> Step:
+        return self._plain(_SHIFTS[self.parts[0]], [self.kind, "u32"])
+
+    do_shr = do_shl
+
+    def do_mul(self) -> Step | None:
+        if self.kind[0] == "f" or "lo" in self.parts:
+            return self._plain(np.multiply)
+        wide = np.dtype(f"{'i' if self.kind[0] == 's' else 'u'}{int(self.kind[1:]) // 4}")
+        if self.kind[1:] == "64":
+            return None
+        if "wide" in self.parts:
+            return self._plain(lambda a, b: a.astype(wide) * b.astype(wide))
+        return self._plain(lambda a, b: ((a.astype(wide) * b.astype(wide)) >> wide.type(32)).astype(a.dtype))
+
+    def do_mad(self) -> Step | None:
+        if "lo" in self.parts:
+            return self._plain(lambda a, b, c: a * b + c)
+        wide = f"{self.kind[0]}{2 * int(self.kind[1:])}"
+        form = FORMS[wide]
+        return self._plain(lambda a, b, c: a.astype(form) * b.astype(form) + c, [self.kind, self.kind, wide])
+
+    def do_fma(self) -> Step | None:
+        return self._plain({"f32": arithmetic.fma32, "f64": arithmetic.fma64}[self.kind])
+
+    def do_div(self) -> Step | None:
+        if self.kind[0] == "f":
+            return self._plain(np.divide) if "rn" in self.parts else None
+        return self._plain(arithmetic.quotient)
+
+    def do_rem(self) -> Step:
+        return self._plain(lambda a, b: a - arithmetic.quotient(a, b) * b)
+
+    def do_sqrt(self) -> Step | None:
+        return self._plain(np.sqrt) if "rn" in self.parts else None
+
+    def do_popc(self) -> Step:
+        def count(a: Array) -> Array:
+            return np.unpackbits(np.atleast_1d(a).view(np.uint8)).reshape(-1, 8 * a.itemsize).sum(1).astype(np.uint32)
+
+        return self._plain(count)
+
+    def do_bfe(self) -> Step | None:
+        if self.kind != "u32":
+            return None
+        return self._plain(lambda a, at, n: arithmetic.shifted_right(a, at) & ~arithmetic.shifted_left(~(a & 0), n))
+
+    def do_prmt(self) -> Step | None:
+        return self._plain(arithmetic.permuted, ["u32"] * 3) if self.kind == "b32" else None
+
+    def do_selp(self) -> Step:
+        return self._plain(lambda a, b, p: np.where(p, a, b), [self.kind, self.kind, "pred"])
+
+    def do_setp(self) -> Step | None:
+        compare = self.parts[1]
+        if compare == "nan":
+            return self._plain(lambda a, b: np.isnan(a) | np.isnan(b))
+        if len(self.parts) > 3 + ("ftz" in self.parts):
+            return None
+        if self.kind[0] != "f":
+            return self._plain(_COMPARE[{"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.get(compare, compare)])
+        unordered, function = len(compare) == 3, _COMPARE[compare[:2]]
+        return self._plain(lambda a, b: np.where(np.isnan(a) | np.isnan(b), unordered, function(a, b)))
+
+    def do_cvt(self) -> Step | None:
+        target, source = self.parts[-2:]
+        if target in ("bf16x2", "f16x2"):
+            half = arithmetic.bfloat16 if target == "bf16x2" else lambda x: x.astype(np.float16).view(np.uint16)
+            return self._plain(lambda high, low: half(high).astype(np.uint32) << np.uint32(16) | half(low))
+        if source == "bf16" and target == "f32":
+            return self._plain(arithmetic.from_bfloat16)
+        if target == "bf16" and source == "f32":
+            return self._plain(arithmetic.bfloat16)
+        floats = target[0] == "f", source[0] == "f"
+        # to integers numpy rounds otherwise
+        if (
+            "b" in target[0] + source[0]
+            or floats == (False, True)
+            or (floats == (True, False) and "rn" not in self.parts)
+        ):
+            return None
+        return self._plain(lambda a: a.astype(FORMS[target]))
+
+    def do_mov(self) -> Step | None:
+        to, source = self.operands
+        if isinstance(to, str) and isinstance(source, str):
+            return self._plain(lambda a: a)
+        part = {"b32": "b16", "b64": "b32"}[self.kind]
+        if isinstance(source, list):
+            gets, put = [self._get(operand, part) for operand in source], self._put(to)
+
+            def pack(machine: Machine, who: Ints) -> None:
+                values = [np.broadcast_to(get(machine, who), who.shape) for get in gets]
+                put(machine, np.stack(values, 1).view(FORMS[self.kind]).ravel(), who)
+
+            return pack
+        get, puts = self._get(source, self.kind), [self._put(operand) for operand in to]
+
+        def unpack(machine: Machine, who: Ints) -> None:
+            values = np.array(np.broadcast_to(get(machine, who), who.shape)).view(FORMS[part]).reshape(len(who), -1)
+            for put, value in zip(puts, values.T, strict=True):
+                put(machine, value, who)
+
+        return unpack
+
+    # memory
+
+    def do_ld(self) -> Step | None:
+        if "param" not in self.parts:
+            return self._move(READ)
+        assert isinstance(self.operands[1], str)
+        name, put = self.operands[1].strip("[] "), self._put(self.operands[0])
+
+        def step(machine: Machine, who: Ints) -> None:
+            put(machine, np.asarray(machine.parameters[name]), who)
+
+        return step
+
+    def do_st(self) -> Step | None:
+        return self._move(WRITE)
+
+    def _address(self, operand: Operand, space: str) -> Get:
+        assert isinstance(operand, str)
+        found = re.match(r"\[\s*([%$.\w]+)\s*(?:\+\s*(-?\w+)\s*)?\]$", operand)
+        if not found:
+            raise Fault(f"address {operand}")
+        base, offset = self._get(found[1], "u32" if space == "shared" else "u64"), int(found[2] or "0", 0)
+        return lambda machine, who: np.broadcast_to(base(machine, who).astype(np.int64) + offset, who.shape)
+
+    def _space(self) -> str | None:
+        return next((space for space in ("shared", "global") if space in self.parts), None)
+
+    def _move(self, kind: int) -> Step | None:
+        space = self._space()
+        if space is None:
+            return None
+        count = next((int(part[1:]) for part in self.parts if re.match(r"v\d$", part)), 1)
+        form = np.dtype(FORMS[self.kind])
+        registers, where = self.operands if kind == READ else self.operands[::-1]
+        names = registers if isinstance(registers, list) else [registers]
+        address = self._address(where, space)
+        puts = [self._put(name) for name in names] if kind == READ else []
+        gets = [self._get(name, self.kind) for name in names] if kind == WRITE else []
+
+        def step(machine: Machine, who: Ints) -> None:
+            loaded = np.zeros((count, len(who)), form)
+            for data, byte, chosen in machine.memory.access(
+                space, address(machine, who), form.itemsize * count, machine.warp[who], machine.epochs(who), kind,
+                self.line,
+            ):  # fmt: skip
+                elements = data[: len(data) // form.itemsize * form.itemsize].view(form)
+                for at in range(count):
+                    place = byte // form.itemsize + at
+                    if kind == READ:
+                        loaded[at, chosen] = elements[place]
+                    else:
+                        elements[place] = gets[at](machine, who[chosen])
+            for put, values in zip(puts, loaded, strict=False):
+                put(machine, values, who)
+
+        return step
+
+    def do_atom(self) -> Step | None:
+        space = self._space()
+        if space is None or "add" not in self.parts:
+            return None
+        form = np.dtype(FORMS[self.kind])
+        where, what = self.operands[-2:]
+        address, get = self._address(where, space), self._get(what, self.kind)
+        # what was there is not modelled: reading it shall fail
+        result = self.operands[0] if self.parts[0] == "atom" else None
+
+        def step(machine: Machine, who: Ints) -> None:
+            for data, byte, chosen in machine.memory.access(
+                space, address(machine, who), form.itemsize, machine.warp[who], machine.epochs(who), ATOMIC, self.line
+            ):
+                elements = data[: len(data) // form.itemsize * form.itemsize].view(form)
+                np.add.at(elements, byte // form.itemsize, get(machine, who[chosen]))
+            if isinstance(result, str):
+                machine.registers.pop(result, None)
+
+        return step
+
+    do_red = do_atom
+
+    # threads
+
+    def do_bar(self) -> Step | None:
+        if "warp" in self.parts:
+            return lambda machine, who: _whole_warps(machine, who)
+        if self.operands != ["0"]:
+            return None
+
+        def step(machine: Machine, who: Ints) -> None:
+            machine.waiting[who] = True
+
+        return step
+
+    def do_bra(self) -> Step:
+        assert isinstance(self.operands[0], str)
+        target = self.program.labels[self.operands[0]]
+        return lambda machine, who: target
+
+    def do_ret(self) -> Step:
+        def step(machine: Machine, who: Ints) -> None:
+            machine.gone[who] = True
+
+        return step
+
+    def _by_warp(self, function: Callable[..., Array], kinds: list[str], to: Operand) -> Step:
+        """`function` gets (warps, 32) of each operand."""
+        gets = [self._get(operand, kind) for operand, kind in zip(self.operands[1:], kinds, strict=False)]
+        put = self._put(to)
+
+        def step(machine: Machine, who: Ints) -> None:
+            _whole_warps(machine, who)
+            values = [np.broadcast_to(get(machine, who), who.shape).reshape(-1, WARP) for get in gets]
+            found = np.asarray(function(*values))
+            put(machine, np.broadcast_to(found, (len(who) // WARP, WARP)).ravel(), who)
+
+        return step
+
+    def do_shfl(self) -> Step:
+        mode = self.parts[2]
+        assert isinstance(self.operands[0], str)
+        to, _, valid = self.operands[0].partition("|")
+
+        def source(b: Array, c: Array) -> tuple[Array, Array]:
+            """Lane that is read, and whether there is one."""
+            lane = np.arange(WARP)
+            b, clamp, segment = b.astype(np.int64) & 31, c.astype(np.int64) & 31, c.astype(np.int64) >> 8 & 31
+            low = lane & segment
+            bound = low | clamp & ~segment
+            at = {"up": lane - b, "down": lane + b, "bfly": lane ^ b, "idx": low | b & ~segment}[mode]
+            inside = at >= bound if mode == "up" else at <= bound
+            return np.where(inside, at, lane), inside
+
+        def taken(value: Array, b: Array, c: Array) -> Array:
+            return np.take_along_axis(value, source(b, c)[0], 1)
+
+        step = self._by_warp(taken, ["b32", "u32", "u32"], to)
+        if not valid:
+            return step
+        flag = self._by_warp(lambda value, b, c: source(b, c)[1], ["b32", "u32", "u32"], valid)
+
+        def both(machine: Machine, who: Ints) -> None:
+            flag(machine, who)
+            step(machine, who)
+
+        return both
+
+    def do_redux(self) -> Step | None:
+        if "add" not in self.parts:
+            return None
+        return self._by_warp(lambda a: a.sum(1, dtype=np.uint32)[:, None], ["u32"], self.operands[0])
+
+    def do_vote(self) -> Step | None:
+        if "ballot" not in self.parts:
+            return None
+        bit = np.uint32(1) << np.arange(WARP, dtype=np.uint32)
+        return self._by_warp(lambda p: (p * bit).sum(1, dtype=np.uint32)[:, None], ["pred"], self.operands[0])
+
+
+def _whole_warps(machine: Machine, who: Ints) -> None:
+    warps = machine.warp[who]
+    if len(who) % WARP or (warps.reshape(-1, WARP) != warps[::WARP, None]).any():
+        raise Fault("not all threads of a warp take part")
+
+
+def _number(text: str, form: np.dtype[Any]) -> Array:
+    """A constant; the one symbol is the base of shared memory."""
+    if text == "global_smem":
+        number = 0
+    elif re.match(r"0[fFdD][0-9A-Fa-f]+$", text):
+        number = int(text[2:], 16)
+    else:
+        number = int(text.rstrip("U"), 0)
+    if form == np.bool_:
+        return np.array(number != 0)
+    return np.array(number & ((1 << 8 * form.itemsize) - 1), f"u{form.itemsize}").view(form)

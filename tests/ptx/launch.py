@@ -1,0 +1,79 @@
+"""Launches of Triton kernels, compiled for a GPU that is not there and run here."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from benchmarks.contract.compile import OfflineDriver
+
+from .instructions import Step, decode
+from .machine import Machine
+from .memory import Memory
+from .program import Program, parse
+
+launched: Counter[str] = Counter()
+"""How often each kernel has run."""
+
+_NUMBERS: dict[str, Any] = {"fp32": np.float32, "fp64": np.float64, "i32": np.int32, "i64": np.int64, "i1": np.int8}
+_programs: dict[str, tuple[Program, list[Step]]] = {}
+
+
+def emulate(architecture: int, seed: int | None = None) -> None:
+    """From now on every launch in this process runs here, on CPU tensors, as compiled for this architecture (80, 90).
+
+    `seed`: of the order of warps; None: all together.
+    """
+    compile_and_launch = JITFunction.run
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        driver.set_active(OfflineDriver(architecture))
+        compiled = compile_and_launch(kernel, *args, grid=grid, warmup=True, **options)
+        if compiled.hash not in _programs:
+            program = parse(compiled.asm["ptx"])
+            _programs[compiled.hash] = program, decode(program)
+        program, steps = _programs[compiled.hash]
+        named = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
+        signature = compiled.src.signature
+        given = [(named[name], kind) for name, kind in signature.items() if kind != "constexpr"]
+        extents = (*grid, 1, 1)[:3]
+        programs = extents[0] * extents[1] * extents[2]
+        memory = Memory(
+            _buffers(value for value, _ in given), compiled.metadata.shared, programs, program.threads // 32
+        )
+        values = [_parameter(value, kind) for value, kind in given]
+        # triton adds pointers to scratch memory, which is not used
+        values += [np.uint64(0)] * (len(program.parameters) - len(values))
+        parameters = dict(zip(program.parameters, values, strict=True))
+        order = None if seed is None else seed + launched.total()
+        Machine(program, extents, memory, parameters, order).run(steps)
+        launched[kernel.fn.__name__] += 1
+        return compiled
+
+    JITFunction.run = run
+
+
+def _parameter(value: Any, kind: str) -> Any:
+    return np.uint64(value.data_ptr()) if isinstance(value, Tensor) else _NUMBERS[kind](value)
+
+
+def _buffers(values: Any) -> list[tuple[int, NDArray[np.uint8]]]:
+    """Memory of the tensors; those that overlap are one."""
+    spans: list[list[int]] = []
+    tensors = (value for value in values if isinstance(value, torch.Tensor) and value.numel())
+    for begin, end in sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.itemsize) for t in tensors):
+        if spans and begin < spans[-1][1]:
+            spans[-1][1] = max(end, spans[-1][1])
+        else:
+            spans.append([begin, end])
+    return [
+        (begin, np.ctypeslib.as_array((ctypes.c_uint8 * (end - begin)).from_address(begin))) for begin, end in spans
+    ]

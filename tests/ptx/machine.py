@@ -1,0 +1,134 @@
+"""Threads, registers, and the order in which warps get on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .arithmetic import Array
+from .memory import Ints, Memory
+from .program import Fault, Program
+
+WARP = 32
+FORMS: dict[str, Any] = {
+    "b8": np.uint8, "u8": np.uint8, "s8": np.int8, "b16": np.uint16, "u16": np.uint16, "s16": np.int16,
+    "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "b64": np.uint64, "u64": np.uint64, "s64": np.int64,
+    "f16": np.float16, "bf16": np.uint16, "f32": np.float32, "f64": np.float64, "pred": np.bool_,
+}  # fmt: skip
+"""How the bits of a register are read as each type; bfloat16 stays bits."""
+
+
+class Machine:
+    """One launch. Registers are arrays with an element for each thread of the grid.
+
+    Args:
+        seed: None lets all threads go together, a number lets random sets of warps run ahead of the others, for random
+            stretches.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        grid: tuple[int, int, int],
+        memory: Memory,
+        parameters: dict[str, Any],
+        seed: int | None = None,
+    ) -> None:
+        if program.threads % WARP:
+            raise Fault("programs of parts of warps")
+        self.program, self.memory, self.parameters = program, memory, parameters
+        self.programs = grid[0] * grid[1] * grid[2]
+        self.everyone = np.arange(self.programs * program.threads)
+        self.warp: Ints = self.everyone // WARP
+        thread = (self.everyone % program.threads).astype(np.uint32)
+        number = (self.everyone // program.threads).astype(np.uint32)
+        self.registers: dict[str, Array] = {
+            "%tid.x": thread,
+            "%laneid": thread % np.uint32(WARP),
+            "%ctaid.x": number % np.uint32(grid[0]),
+            "%ctaid.y": number // np.uint32(grid[0]) % np.uint32(grid[1]),
+            "%ctaid.z": number // np.uint32(grid[0] * grid[1]),
+        }
+        for axis, extent in zip("xyz", grid, strict=True):
+            self.registers[f"%nctaid.{axis}"] = np.full(len(thread), extent, np.uint32)
+        self.random = None if seed is None else np.random.default_rng(seed)
+        self.at = np.zeros(len(thread), np.int64)
+        self.waiting, self.gone = np.zeros(len(thread), bool), np.zeros(len(thread), bool)
+        self.epoch = np.zeros(self.programs, np.int64)
+
+    def epochs(self, who: Ints) -> Ints:
+        """How many barriers the programs of these threads have passed."""
+        return self.epoch[who // self.program.threads]
+
+    def read(self, register: str, who: Ints) -> Array:
+        try:
+            value = self.registers[register]
+        except KeyError:
+            raise Fault(f"{register} is read before it is written") from None
+        return value if len(who) == len(self.everyone) else value[who]
+
+    def write(self, register: str, value: Array, who: Ints, form: Any) -> None:
+        """`value` has the register's size."""
+        if len(who) == len(self.everyone):
+            self.registers[register] = np.array(np.broadcast_to(value, who.shape)).view(form)
+            return
+        if register not in self.registers:
+            self.registers[register] = np.zeros(len(self.everyone), form)
+        self.registers[register][who] = np.broadcast_to(value, who.shape).view(form)
+
+    def run(self, steps: list[Any]) -> None:
+        """All threads to their ends; `steps` are what `instructions.decode` makes of the program. Raises: Fault."""
+        chosen, stretch = self.everyone, 0
+        while not self.gone.all():
+            if self.random is not None and stretch <= 0:
+                chosen, stretch = self._some_warps(), int(self.random.integers(1, 200))
+            able = chosen[~(self.gone | self.waiting)[chosen]]
+            if not len(able):
+                # those that were not chosen may be able
+                stretch = 0
+                if (self.gone | self.waiting).all():
+                    raise Fault("a barrier that not all threads of a program reach")
+                continue
+            # those that are behind go first, so that ways that part come together again
+            low = int(self.at[able].min())
+            stretch -= self._straight(steps, low, able[self.at[able] == low], len(able), stretch)
+            self._open_barriers()
+        races = self.memory.races()
+        if races:
+            what, lines = races[0]
+            raise Fault(f"{what} race: " + "; ".join(self.program.code[line].text for line in lines))
+
+    def _some_warps(self) -> Ints:
+        assert self.random is not None
+        warps = self.random.random(len(self.everyone) // WARP) < self.random.choice([0.1, 0.5, 0.9])
+        return self.everyone[np.repeat(warps, WARP)]
+
+    def _straight(self, steps: list[Any], at: int, who: Ints, able: int, stretch: int) -> int:
+        """From one instruction to the next that parts threads, for those that are there. Returns how many."""
+        made = 0
+        while True:
+            instruction = self.program.code[at]
+            live = who
+            if instruction.guard:
+                register, negated = instruction.guard
+                live = who[self.read(register, who) != negated]
+            try:
+                target = steps[at](self, live) if len(live) else None
+            except Fault as fault:
+                raise Fault(f"{fault}: {instruction.text}") from None
+            made, at = made + 1, at + 1
+            stops = target is not None or instruction.parts[0] in ("bar", "ret") or len(who) < able
+            if stops or (self.random is not None and made >= stretch):
+                self.at[who] = at
+                if target is not None:
+                    self.at[live] = target
+                return made
+
+    def _open_barriers(self) -> None:
+        if self.waiting.any():
+            waiting: NDArray[np.bool_] = self.waiting.reshape(self.programs, -1)
+            complete = waiting.all(1)
+            self.epoch[complete] += 1
+            waiting[complete] = False

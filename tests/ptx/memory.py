@@ -1,0 +1,122 @@
+"""The memory of one launch: bounds and alignment of each access when it is made, races when all are known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .program import Fault
+
+Ints = NDArray[np.int64]
+READ, WRITE, ATOMIC = 1, 2, 4
+GRAIN = 2
+"""Bytes that races are told apart by: the smallest element of a buffer that several threads write."""
+
+
+@dataclass
+class _Accesses:
+    """Of one instruction: where, how many bytes, by which warps, after how many barriers of their programs."""
+
+    region: int
+    byte: Ints
+    size: int
+    warp: Ints
+    epoch: Ints
+    kind: int
+    line: int
+
+
+class Memory:
+    """Buffers of the host at their addresses, and `shared` bytes for each of `programs`, undefined at first.
+
+    Args:
+        buffers: address and bytes of each, which do not overlap.
+        warps: of a program.
+    """
+
+    def __init__(
+        self, buffers: Iterable[tuple[int, NDArray[np.uint8]]], shared: int, programs: int, warps: int
+    ) -> None:
+        found = sorted(buffers, key=lambda buffer: buffer[0])
+        self.starts = np.array([start for start, _ in found], np.int64)
+        self.ends = np.array([start + len(data) for start, data in found], np.int64)
+        self.shared = shared
+        self.stride = -(-shared // 16) * 16
+        self.warps = warps
+        self.data = [data for _, data in found] + [np.zeros(self.stride * programs, np.uint8)]
+        self.defined = np.zeros(self.stride * programs, bool)
+        self.log: list[_Accesses] = []
+
+    def access(
+        self, space: str, address: Ints, size: int, warp: Ints, epoch: Ints, kind: int, line: int
+    ) -> Iterator[tuple[NDArray[np.uint8], Ints, Ints]]:
+        """Bytes, where each access begins in them, and which accesses these are, for each buffer that is met."""
+        if (address % size).any():
+            raise Fault(f"an access of {size} bytes that is not aligned, at {address[address % size > 0][0]:#x}")
+        if space == "shared":
+            if address.min() < 0 or address.max() + size > self.shared:
+                raise Fault(f"{size} bytes at {address.max()} of {self.shared} bytes of shared memory")
+            regions, starts = np.full(len(address), len(self.starts)), -(warp // self.warps) * self.stride
+        else:
+            regions = np.searchsorted(self.starts, address, "right") - 1
+            outside = (regions < 0) | (address + size > self.ends[regions])
+            if outside.any():
+                raise Fault(f"{size} bytes at {address[outside][0]:#x}, in none of the arguments")
+            starts = self.starts[regions]
+        for region in set(regions.tolist()):
+            chosen = np.flatnonzero(regions == region)
+            byte = (address - starts)[chosen]
+            self.log.append(_Accesses(region, byte, size, warp[chosen], epoch[chosen], kind, line))
+            if space == "shared":
+                touched = byte[:, None] + np.arange(size)
+                if kind != WRITE and not self.defined[touched].all():
+                    raise Fault("shared memory is read before it is written")
+                self.defined[touched] = True
+            yield self.data[region], byte, chosen
+
+    def races(self) -> list[tuple[str, list[int]]]:
+        """Which kinds of race there are, each with the lines that take part in the first of them.
+
+        Between programs of a launch nothing is ordered, between warps of a program barriers are. Reads go together,
+        and so do atomic accesses.
+        """
+        found = []
+        for region in {accesses.region for accesses in self.log}:
+            log = [accesses for accesses in self.log if accesses.region == region]
+            if len(log) == 1 and log[0].kind != WRITE:
+                continue
+            grains = [a.byte[:, None] // GRAIN + np.arange(-(-a.size // GRAIN)) for a in log]
+            place = np.concatenate([grain.ravel() for grain in grains])
+            warp = np.concatenate([np.repeat(a.warp, g.shape[1]) for a, g in zip(log, grains, strict=True)])
+            epoch = np.concatenate([np.repeat(a.epoch, g.shape[1]) for a, g in zip(log, grains, strict=True)])
+            kind = np.concatenate([np.full(g.size, a.kind) for a, g in zip(log, grains, strict=True)])
+            line = np.concatenate([np.full(g.size, a.line) for a, g in zip(log, grains, strict=True)])
+            program = warp // self.warps
+            for what, who, keys in (
+                ("programs", program, (place,)),
+                ("warps", warp, (epoch, program, place)),
+            ):
+                lines = _race(who, keys, kind, line)
+                if lines:
+                    found.append((what, lines))
+        return found
+
+
+def _race(who: Ints, keys: tuple[Ints, ...], kind: Ints, line: Ints) -> list[int]:
+    """Lines of the first group of equal keys in which several take part and do not only read, or only add."""
+    order = np.lexsort(keys)
+    first = np.zeros(len(order), bool)
+    first[0] = True
+    for key in keys:
+        first[1:] |= np.diff(key[order]) != 0
+    begins = np.flatnonzero(first)
+    several = np.minimum.reduceat(who[order], begins) != np.maximum.reduceat(who[order], begins)
+    kinds = np.bitwise_or.reduceat(kind[order], begins)
+    bad = np.flatnonzero(several & (kinds != READ) & (kinds != ATOMIC))
+    if not len(bad):
+        return []
+    end = [*begins, len(order)][bad[0] + 1]
+    return sorted(set(line[order][begins[bad[0]] : end].tolist()))
