@@ -14,7 +14,7 @@
 # graphs: that recorded passes are the launched ones, on tiny models; then rounds of training (benchmarks.train_step) at
 # the shapes of T5-large and LLaMA-2 7B by transformers' Trainer, by kif, with the adapter's products in bf16, with
 # passes replayed as CUDA graphs, with norms as single operations, with liger-kernel where it is installed, with gradient
-# checkpointing. Needs transformers and peft, the Trainer accelerate too.
+# checkpointing. Needs transformers and peft, the tests pytest and hypothesis, the Trainer accelerate too.
 #
 # steps: the same rounds against the Trainer and per-tensor bookkeeping, and the loss trajectory of the last two.
 #
@@ -27,9 +27,15 @@
 set -uo pipefail
 out=${1:?usage: benchmarks/gpu.sh OUT [DEVICE]}
 device=${2:-cuda} part=${3:-kernels}
+case $part in
+  kernels | graphs | steps | shapes | compile | decode) ;;
+  *) echo "there is no part $part" >&2 && exit 2 ;;
+esac
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.."
+# what was printed when the time is up shall be in the file
+export PYTHONUNBUFFERED=1
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 python=${PYTHON:-python3}
 failed=()
@@ -51,7 +57,7 @@ if [ "$device" = cpu ]; then
   profile=false
 else
   "$python" -c "import torch; assert torch.cuda.is_available(), 'torch finds no GPU'" || exit 1
-  tests=("$python" -m pytest -q tests/kernel_tests)
+  tests=("$python" -m pytest -v tests/kernel_tests)
   # most of the time goes into compiling, which takes one core for each process
   "$python" -c "import xdist" 2>/dev/null && tests+=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
   sets=t5-large,256M,llama2-7b-all,llama2-7b,llama2-13b,1B budget=130 gate_options=(--rounds 2 --budget 10)
@@ -80,7 +86,7 @@ if [ "$part" = graphs ]; then
   else
     liger=()
     "$python" -c "import liger_kernel" 2>/dev/null && liger=(kif-bf16-liger kif-bf16-liger-graph)
-    stage captured 60 "$python" -m pytest -q tests/test_captured.py -k gpu
+    stage captured 60 "$python" -m pytest -v tests/test_captured.py -k gpu
     step graphs 160 --model t5-large "${real[@]}" --rounds 5 --contenders \
       trainer kif-bf16-graph kif kif-bf16 kif-bf16-norm-graph
     step graphs-trajectory 90 --model t5-large --precision bf16 --length 128 --trajectory 200 --contenders kif-bf16-graph
@@ -134,7 +140,7 @@ if [ "$part" = decode ]; then
 fi
 
 stage correctness 110 "${tests[@]}"
-lines=60 stage kernels $((budget + 40)) "$python" -m benchmarks.kernels --device "$device" --sets "$sets" \
+lines=60 stage kernels $((budget + 80)) "$python" -m benchmarks.kernels --device "$device" --sets "$sets" \
   --variants bf16 --budget "$budget" --quiet --json "$out/kernels.json" --plot "$out/roofline.png"
 
 recorded=

@@ -48,38 +48,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{env['gpu'] or env['cpu']}, torch {env['torch']}, triton {env['triton']}, revision {env['git_revision']}")
     print(f"copy {machine.copy_gbps:.1f} GB/s, empty launch {machine.launch_us:.1f} us, {_cache(machine)}", flush=True)
     cases = plan(sets, operations, contenders, ["fp32", *args.variants])
-    rows = run(
-        cases,
-        machine,
-        args.budget,
-        QUICK_ROW_SECONDS if args.quick else ROW_SECONDS,
-        (lambda row: None) if args.quiet else _progress(len(cases)),
-    )
+    settings = {"sets": list(sets), "ops": operations, "budget": args.budget, "quick": args.quick}
+    progress = (lambda row: None) if args.quiet else _progress(len(cases))
+    known: list[Row] = []
+
+    def keep(row: Row) -> None:
+        known.append(row)
+        progress(row)
+        # the time allowed may end before the last row
+        if args.json and row.status != "not run":
+            write_json(args.json, document(known, env, machine, settings))
+
+    rows = run(cases, machine, args.budget, QUICK_ROW_SECONDS if args.quick else ROW_SECONDS, keep)
     copy_end = machine.measure_copy()
-    reached = goals(rows, env["gpu"])
     print(table(rows))
-    print(goal_table(reached))
+    print(goal_table(goals(rows, env["gpu"])))
     if args.json:
-        result = {
-            "format": FORMAT,
-            "env": env,
-            "machine": {
-                "copy_gbps": machine.copy_gbps,
-                "copy_gbps_end": copy_end,
-                "launch_us": machine.launch_us,
-                "cache_bytes": machine.cache_bytes,
-                "cold_cache": machine.cuda,
-            },
-            "settings": {"sets": list(sets), "ops": operations, "budget": args.budget, "quick": args.quick},
-            "rows": [row.as_dict() for row in rows],
-            "goals": [goal.as_dict() for goal in reached],
-        }
-        write_json(args.json, result)
+        write_json(args.json, document(rows, env, machine, settings, copy_end))
     if args.plot:
         name = f"{env['gpu'] or env['cpu']}, torch {env['torch']}, triton {env['triton']}"
         if missing := plot(rows, args.plot, machine.copy_gbps, machine.launch_us, name):
             print(missing)
     return int(any(row.status == "wrong" or (row.status == "error" and row.contender in OURS) for row in rows))
+
+
+def document(
+    rows: Sequence[Row], env: dict[str, Any], machine: Machine, settings: dict[str, Any], copy_end: float | None = None
+) -> dict[str, Any]:
+    """The JSON. `copy_end`: the bandwidth of a copy after all rows, in GB/s."""
+    return {
+        "format": FORMAT,
+        "env": env,
+        "machine": {
+            "copy_gbps": machine.copy_gbps,
+            "copy_gbps_end": copy_end,
+            "launch_us": machine.launch_us,
+            "cache_bytes": machine.cache_bytes,
+            "cold_cache": machine.cuda,
+        },
+        "settings": settings,
+        "rows": [row.as_dict() for row in rows],
+        "goals": [goal.as_dict() for goal in goals(rows, env["gpu"])],
+    }
 
 
 def table(rows: Sequence[Row]) -> str:

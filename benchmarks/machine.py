@@ -113,10 +113,14 @@ class Machine:
         return times
 
 
+PACKAGES = ("transformers", "peft", "accelerate", "liger-kernel")
+"""What a result depends on where it is installed."""
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """What a result depends on, for the JSON: versions, devices, revision, date."""
     env: dict[str, Any] = {
-        **{name: _version(name) for name in ("transformers", "peft", "accelerate", "liger-kernel") if _version(name)},
+        **{name: version for name in PACKAGES if (version := _version(name))},
         "device": str(device),
         "gpu": None,
         "cpu": _cpu_model(),

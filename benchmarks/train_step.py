@@ -9,8 +9,9 @@ parts: `bf16`, the adapter's products in bf16 too (`adapter_precision`, for --pr
 checkpointing; `graph`, forward and backward replayed as a CUDA graph (`cuda_graphs`), which counts as backward;
 `compile`, the model by torch.compile, `liger`, the model's layers by liger-kernel (Llama-like, installed), and `norm`,
 its norms as one operation of torch each, none of which the product does. All make the same number of optimizer steps on
-rows of the same length, with the same implementations of attention (`kif.attention`). Weights are random, which does
-not matter for time. Each contender runs in a process of its own, in turn, so that its peak memory is its own. With
+rows of the same length. What differs by design: this package computes logits where there are labels only, the Trainer
+at all places, and the Trainer's attention may be cuDNN's (`kif.attention`). Weights are random, which does not matter
+for time. Each contender runs in a process of its own, in turn, so that its peak memory is its own. With
 --trajectory the losses of `per-tensor` and another contender on the same rows from the same weights are compared
 instead.
 """
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -228,9 +230,14 @@ def train_round(
     return losses
 
 
-@without_cudnn()
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """One contender: milliseconds of each round, tokens in a second, its parts, peak memory in bytes."""
+    # the Trainer as its users have it, all of this package as `kif train` has it
+    with nullcontext() if options.only == "trainer" else without_cudnn():
+        return _measure(options)
+
+
+def _measure(options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(options.device)
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     lm = build(options.model, device, dtype, options.dropout)
@@ -352,7 +359,7 @@ def table(contenders: dict[str, dict[str, Any]]) -> str:
     names = ["data", "forward", "backward", *BOOKKEEPING, "other"]
     lines = [f"{'contender':18}{'round ms':>10}{'tokens/s':>10}{'peak GiB':>10}" + "".join(f"{n:>10}" for n in names)]
     for name, row in contenders.items():
-        if "median_ms" not in row:
+        if "error" in row:
             lines.append(f"{name:18}{'failed':>10}")
             continue
         parts = "".join(f"{row['parts_ms'][n]:10.1f}" if n in row["parts_ms"] else " " * 10 for n in names)
@@ -414,8 +421,9 @@ def _in_turns(options: argparse.Namespace, arguments: list[str]) -> Iterator[dic
             if done.returncode == 0:
                 turns[name].append(json.loads(done.stdout.splitlines()[-1]))
             else:
-                errors[name] = {"error": done.stderr[-4000:]}
-                print(f"{name} failed:\n{done.stderr[-4000:]}", file=sys.stderr)
+                # a process that was killed says nothing
+                errors[name] = {"error": f"status {done.returncode}\n{done.stderr[-4000:]}"}
+                print(f"{name} failed: {errors[name]['error']}", file=sys.stderr)
             merged = {name: _merged(results) for name, results in turns.items() if results}
             yield {name: merged.get(name, {}) | errors.get(name, {}) for name in turns if name in merged | errors}
 

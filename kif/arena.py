@@ -188,6 +188,7 @@ class ParameterArena:
             del self.buffers[name]
         for name, buffer in state["buffers"].items():
             self.buffer(name).copy_(buffer)
+        self.changed()
 
     def _live(self) -> list[nn.Parameter]:
         """The parameter objects that the model uses now."""
@@ -210,7 +211,9 @@ def _apart(view: Tensor) -> Tensor:
     """The same memory as a storage of its own: who saves models takes parameters that share one for tied ones."""
     if type(view) is not Tensor or view.device.type == "meta":
         return view
-    return torch.from_dlpack(view)
+    # of tensors on a GPU that is not the current one dlpack gives none away
+    with torch.cuda.device_of(view):
+        return torch.from_dlpack(view)
 
 
 def _check_parameters(named: list[tuple[str, nn.Parameter]]) -> None:

@@ -78,6 +78,7 @@ class CapturedSteps:
         count = torch.ones((), device=device)
 
         def run() -> Tensor:
+            # the backward pass takes the implementation that the forward pass took
             with without_cudnn():
                 loss = self.lm.fixed_loss(inputs) / count
             loss.backward()

@@ -69,7 +69,7 @@ def train_phase(
         trained = unpack_rows(state["rows"], [*rows, *memory])
     new_rows = BatchStream(trained, config.batch_size, f"{config.seed}/new/{index}")
     outer_batch_size = config.outer_batch_size or config.batch_size
-    # sorted by length a batch would hold rows of fewer tasks, and few rows would make the same batches every time
+    # sorted by length a batch would hold rows of fewer tasks
     replay = BatchStream(memory, outer_batch_size, f"{config.seed}/replay/{index}", by_length=False) if memory else None
 
     rounds = list(plan_rounds(config, method, new_rows.batches_per_epoch, tasks))

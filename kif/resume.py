@@ -88,8 +88,10 @@ def note_environment(path: Path, now: dict[str, Any]) -> None:
     """Warn of what differs from the environment that a run was in until now, and add it to the file as `resumed`."""
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
-        before = {name: known.get(name) for name in now} | (known.get("resumed") or [{}])[-1]
-    except (OSError, ValueError, AttributeError):
+        before = {name: known.get(name) for name in now}
+        for changes in known.get("resumed", []):
+            before |= changes
+    except (OSError, ValueError, AttributeError, TypeError):
         known, before = {}, {}
     changed = {name: value for name, value in now.items() if before.get(name) != value}
     if changed:

@@ -21,6 +21,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 from transformers.utils import is_peft_available
 
 from kif.arena import ParameterArena
+from kif.attention import without_cudnn
 from kif.config import KIFConfig
 from kif.engine import RecurrentKIF
 from kif.memory import ReplayMemory
@@ -341,7 +342,8 @@ class KIFMixin:
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         self.kif_optimizer.attach_gradients()
-        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        with without_cudnn():
+            loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
         return loss
 
     def end_round(self) -> None:

@@ -39,7 +39,7 @@ def gradient_state_(
     norm <- inv_scale * ||grad||_2;  scale <- min(1, max_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_
     skip <- norm is not finite (one that overflows float32 counts as that);  step += not skip;  skipped += skip
 
-    The kernels add the squares of 16,384 elements in float32, so there 1e17 in each of them counts as overflow too.
+    The kernels add the squares of 16,384 elements in float32, so there 1.5e17 in each of them counts as overflow too.
 
     Args:
         grad: float32, bfloat16 or float16, any shape; unchanged. Reads it once.

@@ -59,12 +59,12 @@ class StreamingThreshold:
         groups = len(self._numels)
         self.thresholds = torch.zeros(sides, groups, dtype=torch.float32, device=device)
         self._ranks = torch.empty(groups, dtype=torch.int64, device=device)
-        self._limits = torch.empty(groups, dtype=torch.int64, device=device)
-        limit, sizes = 0.0 if exact else APPROXIMATE_LIMIT, self._sizes()
-        if sizes is None:
-            self._limits.fill_(math.floor(limit * self._numels[0]))
-        else:
-            self._limits.copy_((limit * sizes).floor())
+        self._limits = torch.zeros(groups, dtype=torch.int64, device=device)
+        sizes = self._sizes()
+        if not exact and sizes is None:
+            self._limits.fill_(math.floor(APPROXIMATE_LIMIT * self._numels[0]))
+        elif not exact:
+            self._limits.copy_((APPROXIMATE_LIMIT * sizes).floor())
         self._histograms: Tensor | None = None
         self._state: Tensor | None = None
         if backend_name(device.type) in ("triton", "interpret"):

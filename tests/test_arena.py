@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -123,6 +125,23 @@ def test_a_parameter_that_left_alone_is_named() -> None:
     arena.rebind()
     arena.check()
     assert not arena.segments[1].view(arena.data).any()
+
+
+def test_a_parameter_is_set_apart_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refuses to export what lies on another GPU than the current one."""
+    current: list[torch.Tensor] = []
+
+    @contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        current.append(tensor)
+        yield
+        current.pop()
+
+    export = torch.from_dlpack
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(torch, "from_dlpack", lambda view: export(view) if current[-1] is view else pytest.fail())
+    arena = ParameterArena.of(model())
+    assert len(arena.segments) == 4 and not current
 
 
 def test_a_changed_dtype_is_named() -> None:

@@ -95,6 +95,31 @@ def test_command_writes_everything(
         assert text in printed
 
 
+def test_what_is_measured_is_kept_when_the_time_is_up(
+    small_copies: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = measure.measure
+
+    def until_the_third(case: Case, *args: Any) -> Row:
+        if case.contender.name == "per-tensor":
+            raise KeyboardInterrupt
+        return measured(case, *args)
+
+    monkeypatch.setattr(measure, "measure", until_the_third)
+    result = tmp_path / "result.json"
+    argv = ["--device", "cpu", "--sets", "tiny", "--ops", "fusion", "--contenders", "kif,flat,per-tensor", "--quick"]
+    with pytest.raises(KeyboardInterrupt):
+        kernels.main([*argv, "--json", str(result)])
+    data = json.loads(result.read_text())
+    assert [row["contender"] for row in data["rows"]] == ["kif", "flat"] and data["machine"]["copy_gbps_end"] is None
+
+
+def test_the_script_for_a_gpu_knows_its_parts(tmp_path: Path) -> None:
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path / "out"), "cpu", "step"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2 and "there is no part step" in done.stderr and not (tmp_path / "out").exists()
+
+
 def test_a_wrong_contender_fails_the_command(small_copies: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Flat, "fusion", lambda self, threshold_in, threshold_out: None)
     argv = ["--device", "cpu", "--sets", "tiny", "--ops", "fusion", "--contenders", "flat", "--quick"]

@@ -345,17 +345,17 @@ def test_graphs_on_a_gpu_give_what_launched_passes_give(kind: str, folders: dict
         torch.testing.assert_close(arena.grad, gradient, rtol=1e-2, atol=1e-4 * gradient.abs().max().item())
 
 
-@needs_gpu
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("kind", ["t5", "llama"])
-def test_graphs_on_a_gpu_in_bf16_with_much_padding(kind: str, folders: dict[str, Path]) -> None:
-    lm, arena, rows = load(kind, folders, device="cuda", precision="bf16")
+def test_bf16_with_much_padding(kind: str, device: str, folders: dict[str, Path]) -> None:
+    lm, arena, rows = load(kind, folders, device=device, precision="bf16")
     ids = (rows[0].input_ids * 64)[:56]
     batch = [replace(row, input_ids=ids[: 56 if i else 3]) for i, row in enumerate(rows[:4])]
     loss, gradient = launched(lm, arena, batch)
     arena.zero_grad()
-    found = CapturedSteps(lm, arena, [4]).backward(batch, lm.label_count(batch))
-    assert found.item() == pytest.approx(loss, rel=0.1)
-    assert arena.grad.isfinite().all() and (arena.grad - gradient).norm() < gradient.norm()
+    steps = CapturedSteps(lm, arena, [4], rerun if device == "cpu" else None)
+    assert steps.backward(batch, lm.label_count(batch)).item() == pytest.approx(loss, rel=0.02)
+    assert arena.grad.isfinite().all() and (arena.grad - gradient).norm() < 0.1 * gradient.norm()
 
 
 @needs_gpu

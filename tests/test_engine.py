@@ -323,11 +323,12 @@ def test_state_continues_in_the_middle_of_a_round_bit_for_bit(preset: str) -> No
     assert all(torch.equal(a.arena.buffer(n), b.arena.buffer(n)) for n in a.arena.buffers)
 
 
-@pytest.mark.parametrize("change", ["inner step", "outer step", "fuse"])
+@pytest.mark.parametrize("change", ["inner step", "outer step", "fuse", "loading"])
 def test_a_backward_pass_through_old_weights_is_refused(change: str) -> None:
     kif, parameters = engine(KIFConfig(inner_steps=2, outer_steps=1))
-    done = {"inner step": 0, "outer step": 1, "fuse": 2}[change]
+    done = {"inner step": 0, "outer step": 1, "fuse": 2, "loading": 3}[change]
     steps = [lambda: kif.inner_step(LR), lambda: kif.outer_step(LR), kif.fuse]
+    steps.append(lambda: kif.load_state_dict(kif.state_dict()))
     for step in steps[:done]:
         feed(parameters, gradients(done))
         step()

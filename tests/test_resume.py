@@ -24,6 +24,7 @@ from kif.families import Encoded
 from kif.loop import train_phase
 from kif.methods import METHODS, SeqLoRA
 from kif.models import load_language_model
+from kif.resume import note_environment
 from kif.run import RunLog, train
 
 CPU = torch.device("cpu")
@@ -128,8 +129,14 @@ def test_another_environment_is_noted(
                     interrupt(patch, again, lambda record: record.get("after") == 1)
             else:
                 train(again, progress=False)
-    noted = json.loads((tmp_path / "cut" / "environment.json").read_text())
+    path = tmp_path / "cut" / "environment.json"
+    noted = json.loads(path.read_text())
     assert noted["torch"] == "1" and noted["resumed"] == [{"torch": "2"}, {"cpus": 4}]
+    # nothing more to say where it went on; back at the beginning both are others again
+    note_environment(path, {"torch": "2", "cpus": 4})
+    assert json.loads(path.read_text()) == noted
+    with pytest.warns(UserWarning, match="torch, cpus differ"):
+        note_environment(path, {"torch": "1", "cpus": 2})
 
 
 def test_killed_processes_leave_what_can_be_resumed() -> None:

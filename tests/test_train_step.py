@@ -98,6 +98,10 @@ def test_a_failing_contender_is_named_and_costs_nothing(tmp_path: Path, capsys: 
     assert train_step.main([*SMALL, "--turns", "2", "--contenders", *names, "--json", str(path)]) == 1
     found = json.loads(path.read_text())["contenders"]
     assert list(found) == names and "kif-bf16 needs --precision bf16" in found["kif-bf16"]["error"]
-    assert "error" not in found["kif"] and len(found["kif"]["round_ms"]) == 4
+    assert (
+        found["kif-bf16"]["error"].startswith("status 1\n")
+        and "error" not in found["kif"]
+        and len(found["kif"]["round_ms"]) == 4
+    )
     printed = capsys.readouterr()
     assert "kif-bf16 failed:" in printed.err and re.search(r"^kif-bf16 +failed$", printed.out, re.M)
