@@ -11,11 +11,12 @@ BUCKET_BATCHES = 16
 """Batches whose rows are sorted by length together, at most: enough to save most padding, few enough to stay random."""
 
 MIN_BUCKETS = 4
-"""Buckets that an epoch is cut into, at least: sorted as a whole, few rows would give the same batches every time."""
+"""Buckets that an epoch is cut into, at least, where it has so many batches: sorted as a whole, few rows would give the
+same batches every time."""
 
 
 class BatchStream:
-    """An endless stream of batches over epochs of `rows`; an epoch's last batch may be smaller.
+    """An endless stream of batches over epochs of `rows`; one batch of an epoch may be smaller.
 
     Every row occurs exactly once in an epoch. Rows are shuffled; if `by_length`, they are then cut into groups of
     up to `BUCKET_BATCHES` batches, sorted by length within a group, and all batches are shuffled, so that padding is
@@ -64,12 +65,11 @@ class BatchStream:
         order = rng.sample(range(len(self.rows)), len(self.rows))
         # the short batch is taken off first, so that it is a random one and not always the longest rows
         tail = len(order) % self.batch_size
+        if self.by_length:
+            bucket = max(1, min(BUCKET_BATCHES, len(order) // self.batch_size // MIN_BUCKETS)) * self.batch_size
+            for start in range(tail, len(order), bucket):
+                order[start : start + bucket] = sorted(order[start : start + bucket], key=lambda i: self.rows[i].length)
         batches = [order[:tail]] if tail else []
-        bucket = max(1, min(BUCKET_BATCHES, len(order) // self.batch_size // MIN_BUCKETS)) * self.batch_size
-        for start in range(tail, len(order), bucket):
-            members = order[start : start + bucket]
-            if self.by_length:
-                members.sort(key=lambda i: self.rows[i].length)
-            batches += [members[i : i + self.batch_size] for i in range(0, len(members), self.batch_size)]
+        batches += [order[i : i + self.batch_size] for i in range(tail, len(order), self.batch_size)]
         rng.shuffle(batches)
         return batches

@@ -125,7 +125,8 @@ def predict(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, metavar="FILE", help="new file (default: standard output)")
     parser.add_argument("--model", metavar="MODEL", help="base model (default: the run's)")
     parser.add_argument("--device", help="where to run (default: the run's)")
-    options = vars(parser.parse_args(argv))
+    # FILE may stand behind options
+    options = vars(parser.parse_intermixed_args(argv))
     for name in ("eval_mode", "model", "device"):
         if options[name] is None:
             del options[name]

@@ -15,7 +15,7 @@ from typing import Any
 
 from kif.checkpoint import difference
 from kif.config import PRESETS, SECTIONS, KIFConfig, RunConfig
-from kif.configfile import ConfigError, _nearest_or_raise, changed, dump_config, full_method_name, load_config
+from kif.configfile import ConfigError, changed, dump_config, full_method_name, load_config, nearest_or_raise
 from kif.methods import METHODS
 from kif.preemption import Preemption, preemption
 from kif.resume import with_absolute_folders
@@ -55,6 +55,9 @@ def variant_config(base: RunConfig, name: str) -> RunConfig:
     own = {f.name for f in fields(SECTIONS[section])} if section else set()
     changes = dict(part.split("=", 1) for part in parts if "=" in part)
     named = {f"{section}.{field}" if field in own else field: value for field, value in changes.items()}
+    for field in ("method", "seed", *INCIDENTAL):
+        if field in named:
+            raise ConfigError(f"{name!r}: {field} makes no other method of it; leave it out")
     return changed(config, named, repr(name))
 
 
@@ -64,7 +67,7 @@ def _preset_config(base: RunConfig, name: str, method: str, preset: str) -> RunC
         return replace(base, method=method)
     if method != KIF:
         raise ConfigError(f"{name!r}: only {KIF} has presets")
-    _nearest_or_raise(preset, PRESETS, "unknown preset")
+    nearest_or_raise(preset, PRESETS, "unknown preset")
     own = {"inner_steps": base.kif.inner_steps, "outer_steps": base.kif.outer_steps, **PRESETS[preset]}
     return replace(base, method=method, kif=KIFConfig(**own))
 

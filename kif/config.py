@@ -510,7 +510,7 @@ class RunConfig:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         for name in ("memory_fraction", "holdout"):
             if not 0.0 < getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+                raise ValueError(f"{name} must lie above 0 and below 1, got {getattr(self, name)}")
         for key, rank in (self.rank_pattern or {}).items():
             if rank <= 0:
                 raise ValueError(f"rank_pattern must hold positive ranks, got {rank} for {key!r}")

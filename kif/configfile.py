@@ -74,15 +74,15 @@ def parse_run_config(argv: Sequence[str]) -> RunConfig:
     early.add_argument("--continue-from", "--continue_from", dest="continue_from")
     argv = [re.sub(r"^--from(?==|$)", "--continue-from", argument) for argument in argv]
     chosen, _ = early.parse_known_args(argv)
-    source = _read_yaml(Path(chosen.config)) if chosen.config is not None else _Source("", {}, {})
+    source = _read_yaml(Path(chosen.config).expanduser()) if chosen.config is not None else _Source("", {}, {})
     earlier = chosen.continue_from or source.values.get("continue_from")
     if earlier is not None:
-        inherited = _read_yaml(Path(str(earlier)) / "config.yaml").values
+        inherited = _read_yaml(Path(str(earlier)).expanduser() / "config.yaml").values
         own = {key for key in inherited if "kif.preset" in source.values and key.startswith("kif.")}
         left = {key: value for key, value in inherited.items() if key not in {*OF_ONE_RUN, *own}}
         source.values = {**left, **source.values}
     if chosen.preset is not None:
-        _nearest_or_raise(chosen.preset, PRESETS, "command line: unknown preset")
+        nearest_or_raise(chosen.preset, PRESETS, "command line: unknown preset")
         # a run's own config.yaml spells out every switch; a preset asked for here must not lose against them
         source.values = {key: value for key, value in source.values.items() if not key.startswith("kif.")}
         source.values["kif.preset"] = chosen.preset
@@ -158,7 +158,7 @@ def full_method_name(name: str, problem: str = "unknown method") -> str:
     from kif.methods import ALIASES, METHODS
 
     name = ALIASES.get(name, name)
-    _nearest_or_raise(name, METHODS, problem)
+    nearest_or_raise(name, METHODS, problem)
     return name
 
 
@@ -349,7 +349,7 @@ def _unknown_option(tokens: Sequence[str]) -> str:
     return f"command line: unknown option {option!r}{suggestion}"
 
 
-def _nearest_or_raise(name: str, valid: Iterable[str], problem: str) -> None:
+def nearest_or_raise(name: str, valid: Iterable[str], problem: str) -> None:
     """Raises ConfigError with the nearest valid name unless `name` is valid."""
     names = list(valid)
     if name not in names:

@@ -24,7 +24,7 @@ class ReplayMemory:
 
     def __init__(self, fraction: float, balanced: bool, seed: int) -> None:
         if not 0.0 < fraction < 1.0:
-            raise ValueError(f"fraction must lie between 0 and 1, got {fraction}")
+            raise ValueError(f"fraction must lie above 0 and below 1, got {fraction}")
         self.fraction, self.balanced, self.seed = fraction, balanced, seed
         self.indices: dict[str, list[int]] = {}
         self._rows: dict[str, list[Encoded]] = {}

@@ -197,7 +197,8 @@ def _earlier(config: RunConfig) -> Earlier | None:
         stored.check_memory(earlier)
     forgotten = [task.name for task in earlier.tasks if not earlier.memory.get(task.name)]
     if replays and forgotten and world()[0] == 0:
-        warnings.warn(f"nothing is replayed of {', '.join(forgotten)}: no rows are stored", stacklevel=2)
+        place = config.memory_data or earlier.run / stored.MEMORY
+        warnings.warn(f"nothing is replayed of {', '.join(forgotten)}: {place} holds no rows of it", stacklevel=2)
     return earlier
 
 

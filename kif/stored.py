@@ -172,8 +172,8 @@ def check_memory(earlier: Earlier) -> None:
         path = earlier.run / MEMORY / f"{task.name}.jsonl"
         if not path.is_file():
             raise DataError(
-                f"is missing: it holds the rows of task {task.name} to replay; put it back, or give others by "
-                "memory_data",
+                f"is missing: it holds the rows of task {task.name} to replay; put it back, or give rows of "
+                "all earlier tasks by memory_data, which takes the place of what is stored",
                 path,
             )
 

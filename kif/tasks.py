@@ -244,7 +244,7 @@ def _load_task(folder: Path, name: str, manifest: dict[str, Any]) -> Task:
         raise DataError(f"has no entry for the task folder {name!r}", path, field="tasks")
     for key in entry:
         close = difflib.get_close_matches(key.lower(), _TASK_KEYS, 1, 0.8)
-        if close and key not in _TASK_KEYS:  # it would be left to its default
+        if close and close[0] not in entry:  # it would be left to its default
             raise DataError(f"unknown key {key!r}; did you mean {close[0]!r}?", path, field=f"tasks.{name}")
     metric, labels = entry.get("metric", "accuracy"), entry.get("labels")
     if metric not in ("accuracy", "rougeL"):

@@ -387,7 +387,7 @@ class KIFMixin:
         if not hasattr(dataset, "__len__"):
             raise TypeError("memory cannot be drawn from a dataset without a length")
         memory = ReplayMemory(fraction, labels is not None, self.args.seed)  # type: ignore[attr-defined]
-        memory.add(name, range(len(dataset)), labels or [""] * len(dataset))  # type: ignore[arg-type]
+        memory.add(name, range(len(dataset)), [""] * len(dataset) if labels is None else labels)  # type: ignore[arg-type]
         drawn = memory.indices[name]
         old = [] if self.memory_dataset is None else [self.memory_dataset]
         if all(hasattr(part, "select") for part in (dataset, *old)):

@@ -56,6 +56,9 @@ def test_values_given_in_python_are_checked_too(monkeypatch: pytest.MonkeyPatch,
     found = check_inputs(RunConfig(model="~/m", data="~", output="~/out", method="kif"))
     assert (found.model, found.data, found.output) == (f"{tmp_path}/m", str(tmp_path), f"{tmp_path}/out")
     assert found.method == "recurrent-kif"
+    write(tmp_path, "lr: 0.5\n").rename(tmp_path / "config.yaml")
+    for options in (["--config=~/config.yaml"], ["--from=~"]):
+        assert parse_run_config([*BASICS, *options]).lr == 0.5
 
 
 def test_preset_is_the_base_and_other_keys_override_it(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_memory_holds_no_more_rows_than_there_are(
     assert kept == [1, 11]
     dump_config(config, tmp_path / "run.yaml")
     assert main(["train", "--config", str(tmp_path / "run.yaml"), "--memory-fraction", "1.5"]) == 2
-    assert "memory_fraction must lie between 0 and 1, got 1.5" in capsys.readouterr().err
+    assert "memory_fraction must lie above 0 and below 1, got 1.5" in capsys.readouterr().err
 
 
 # files

@@ -83,7 +83,7 @@ def test_a_checkpoint_and_plain_lines(runs: Runs, tmp_path: Path, capsys: pytest
     assert [row["input"] for row in rows] == [row.input for row in task.test] and set(rows[0]) == {"input", "answer"}
     capsys.readouterr()
     file = str(runs.written / "colours" / "test.jsonl")
-    assert main(["predict", str(run), file, "--task", "colours", "--checkpoint", "1"]) == 0
+    assert main(["predict", str(run), "--task", "colours", file, "--checkpoint", "1"]) == 0
     assert answers(capsys.readouterr().out) == [row["answer"] for row in rows]
     assert main(["predict", str(run), file, "--output", str(output)]) == 2
     assert "out.jsonl exists" in capsys.readouterr().err

@@ -219,6 +219,8 @@ def test_bad_manifests(tmp_path: Path, manifest: Any, field: str | None, message
 
 def test_a_manifest_may_describe_its_tasks(tmp_path: Path) -> None:
     entry = {"labels": ["blue", "red"], "source": {"path": "x"}, "splits": {"train": 1}, "Ünknown": "none"}
+    # close to the right one, which is there
+    entry |= {"n_labels": 2, "label": "colour", "metric": "accuracy", "metric_2": "f1"}
     folder = make(tmp_path, {"train.jsonl": jsonl(ROW)}, {"name": "mine", "tasks": {"colours": entry}})
     assert load_tasks(folder, ["colours"])[0].labels == ("blue", "red")
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import topic_task
@@ -268,6 +269,9 @@ def test_memory_of_a_list(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     trainer = train(lm, tmp_path, max_steps=1)
     memory = trainer.draw_memory(0.1)
     assert len(memory) == 48 + 4 and memory[50] in trainer.train_dataset
+    labels = ["a"] * 39 + ["b"]
+    drawn = [trainer.draw_memory(0.1, labels=kind) for kind in (labels, np.array(labels))]
+    assert list(drawn[0]) == list(drawn[1]) and trainer.train_dataset[39] in drawn[0]
     trainer.memory_dataset, old = memory, trainer.engine
     trainer.train()
     assert trainer.engine is not old and trainer.engine.rounds == 1
@@ -281,7 +285,7 @@ def test_draw_memory_refuses_what_kif_train_does(tiny_models: dict[str, Path], t
     lm, _ = load(tiny_models)
     args = KIFTrainingArguments(str(tmp_path), use_cpu=True)
     trainer = KIFTrainer(model=lm.model, args=args, train_dataset=batches(lm, "0/new/1", 40, STEPS))
-    message = f"fraction must lie between 0 and 1, got {fraction}"
+    message = f"fraction must lie above 0 and below 1, got {fraction}"
     with pytest.raises(ValueError, match=f"^memory_{message}"):
         RunConfig(model="m", memory_fraction=fraction)
     with pytest.raises(ValueError, match=f"^{message}"):
