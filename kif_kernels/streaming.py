@@ -60,11 +60,10 @@ class StreamingThreshold:
         self.thresholds = torch.zeros(sides, groups, dtype=torch.float32, device=device)
         self._ranks = torch.empty(groups, dtype=torch.int64, device=device)
         self._limits = torch.zeros(groups, dtype=torch.int64, device=device)
-        sizes = self._sizes()
-        if not exact and sizes is None:
-            self._limits.fill_(math.floor(APPROXIMATE_LIMIT * self._numels[0]))
-        elif not exact:
+        if not exact and (sizes := self._sizes()) is not None:
             self._limits.copy_((APPROXIMATE_LIMIT * sizes).floor())
+        elif not exact:
+            self._limits.fill_(math.floor(APPROXIMATE_LIMIT * self._numels[0]))
         self._histograms: Tensor | None = None
         self._state: Tensor | None = None
         if backend_name(device.type) in ("triton", "interpret"):
