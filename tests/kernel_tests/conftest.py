@@ -35,6 +35,7 @@ elif not ON_CUDA:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: runs on a GPU only")
+    config.addinivalue_line("markers", "emulated: of what compiled kernels do, runs with KIF_PTX only")
     # numpy's words about inputs that are meant to overflow
     for what in ("overflow", "invalid value", "divide by zero", "underflow"):
         config.addinivalue_line("filterwarnings", f"ignore:{what} encountered:RuntimeWarning")
@@ -44,6 +45,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not ON_CUDA and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=NO_GPU))
+        if not EMULATED and item.get_closest_marker("emulated"):
+            item.add_marker(pytest.mark.skip(reason="needs KIF_PTX"))
 
 
 @pytest.fixture(scope="session")

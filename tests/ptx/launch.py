@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,9 @@ from .program import Program, parse
 
 launched: Counter[str] = Counter()
 """How often each kernel has run."""
+
+observers: list[Callable[[str, Memory], None]] = []
+"""Called after each launch with the kernel's name and its memory."""
 
 _NUMBERS: dict[str, Any] = {"fp32": np.float32, "fp64": np.float64, "i32": np.int32, "i64": np.int64, "i1": np.int8}
 _programs: dict[str, tuple[Program, list[Step]]] = {}
@@ -56,6 +60,8 @@ def emulate(architecture: int, seed: int | None = None) -> None:
         order = None if seed is None else seed + launched.total()
         Machine(program, extents, memory, parameters, order).run(steps)
         launched[kernel.fn.__name__] += 1
+        for observe in observers:
+            observe(kernel.fn.__name__, memory)
         return compiled
 
     JITFunction.run = run

@@ -12,6 +12,8 @@ from .program import Fault
 
 Ints = NDArray[np.int64]
 READ, WRITE, ATOMIC = 1, 2, 4
+SECTOR = 32
+"""Bytes that a GPU moves at least."""
 GRAIN = 2
 """Bytes that races are told apart by: the smallest element of a buffer that several threads write."""
 
@@ -76,6 +78,16 @@ class Memory:
                     raise Fault("shared memory is read before it is written")
                 self.defined[touched] = True
             yield self.data[region], byte, chosen
+
+    def traffic(self) -> int:
+        """Bytes of the sectors of the buffers that each warp reads or writes, instruction by instruction."""
+        met = 0
+        for a in self.log:
+            if a.region < len(self.starts):
+                # one is aligned to its size, which is less than a sector
+                sectors = np.stack([a.warp, (a.byte + self.starts[a.region]) // SECTOR])
+                met += SECTOR * np.unique(sectors, axis=1).shape[1]
+        return met
 
     def races(self) -> list[tuple[str, list[int]]]:
         """Which kinds of race there are, each with the lines that take part in the first of them.

@@ -1,0 +1,56 @@
+"""What a round moves through memory, counted as compiled kernels run: the bytes that docs/performance.md states."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+from kif.arena import ParameterArena
+from kif.config import KIFConfig
+from kif.engine import RecurrentKIF
+
+INNER, OUTER = 3, 2
+PLAIN = 4 + 28 + 4
+"""Of a step without Recurrent-KIF: the norm, AdamW, zeroing the gradient."""
+
+
+def moved(n: int) -> Counter[str]:
+    """Bytes by kernel in the second round over n elements, in whole sectors."""
+    from ptx import launch
+    from ptx.memory import Memory
+
+    parameter = nn.Parameter(torch.randn(n, generator=torch.Generator().manual_seed(0)))
+    config = KIFConfig(inner_steps=INNER, outer_steps=OUTER)
+    engine = RecurrentKIF(ParameterArena([("weight", parameter)]), config)
+    found: Counter[str] = Counter()
+
+    def observe(kernel: str, memory: Memory) -> None:
+        found[kernel] += memory.traffic()
+
+    for observers in ([], [observe]):
+        launch.observers[:] = observers
+        for step in range(INNER + OUTER):
+            engine.arena.grad.copy_(torch.randn(n, generator=torch.Generator().manual_seed(step)))
+            (engine.inner_step if step < INNER else engine.outer_step)(1e-3)
+        engine.fuse()
+    launch.observers.clear()
+    return found
+
+
+@pytest.mark.emulated
+def test_a_round_moves_what_is_stated() -> None:
+    n, steps = 2**14, INNER + OUTER
+    small, large = moved(n), moved(2 * n)
+    # what is done once a launch or a program is in both
+    found = {kernel: (large[kernel] - small[kernel]) / n for kernel in large}
+    # with each block a warp reads the clipping factor again, from a cache: it would take a register to keep
+    again = 32 * 4 / 1024 * steps
+    # importance is not read in the first step; two snapshots
+    assert found["adamw_kernel"] == 40 * steps - 4 + 8 + again
+    assert found["fuse_kernel"] == 24
+    # the windows were hit: two passes a side make the thresholds exact; more elements fill a few bins more
+    assert found["refine_kernel"] == pytest.approx(16, rel=0.01)
+    assert sum(found.values()) == pytest.approx(PLAIN * steps + 8 * steps + 44 + again, rel=1e-3)
