@@ -28,6 +28,26 @@ _EXTREMES = {"min": (np.minimum, np.fmin), "max": (np.maximum, np.fmax)}
 """Of integers; of floats, where a number goes before nan."""
 
 
+_MODIFIERS = {
+    "mul": {"rn", "ftz", "lo", "hi", "wide"},
+    "mad": {"lo", "wide"},
+    "setp": {"ftz", "nan", "lo", "ls", "hi", "hs", *_COMPARE, *(f"{name}u" for name in _COMPARE)},
+    "cvt": {"rn", *FORMS, "bf16x2", "f16x2"},
+    "ld": {"global", "shared", "param", "v2", "v4"},
+    "st": {"global", "shared", "v2", "v4"},
+    "atom": {"global", "shared", "relaxed", "acq_rel", "gpu", "sys", "add"},
+    "red": {"global", "shared", "relaxed", "gpu", "sys", "add"},
+    "bar": {"warp"},
+    "bra": set(),
+    "shfl": {"sync", "up", "down", "bfly", "idx"},
+    "redux": {"sync", "add"},
+    "vote": {"sync", "ballot"},
+}  # fmt: skip
+"""What may stand between a name and its type, without which another would be computed; of others `_ROUNDING`."""
+
+_ROUNDING = {"rn", "ftz"}
+
+
 def decode(program: Program) -> list[Step]:
     """Raises: Fault that names an instruction that is not known."""
     steps = []
@@ -48,6 +68,8 @@ class _Decoder:
     def step(self) -> Step | None:
         """None: not known."""
         name = self.parts[0]
+        if not set(self.parts[1:-1]) <= _MODIFIERS.get(name, _ROUNDING):
+            return None
         special = getattr(self, f"do_{name}", None)
         if special is not None:
             step: Step | None = special()
@@ -103,7 +125,8 @@ class _Decoder:
             if flush:
                 values = [arithmetic.flushed(value) for value in values]
             with np.errstate(all="ignore"):
-                put(machine, np.asarray(function(*values)), who)
+                value = np.asarray(function(*values))
+            put(machine, arithmetic.flushed(value) if flush and value.dtype.kind == "f" else value, who)
 
         return step
 
