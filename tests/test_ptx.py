@@ -50,7 +50,7 @@ def run(body: str, programs: int = 1, threads: int = 64, n: int = 0, size: int |
     """What a kernel leaves in its buffer of uint32, an element a thread. %r0 to %r2 are thread, program, element."""
     program = parse(HEAD.format(threads=threads, body=body))
     out = np.zeros(programs * threads if size is None else size, np.uint32)
-    memory = Memory([(BASE, out.view(np.uint8))], shared, programs, threads // 32)
+    memory = Memory([(BASE, out.view(np.uint8))], shared, programs, threads)
     parameters = {"out": np.uint64(BASE), "n": np.int32(n)}
     Machine(program, (programs, 1, 1), memory, parameters, order).run(decode(program))
     return out
@@ -200,8 +200,11 @@ WRITE_AND_READ = "st.shared.b32 [%r3], %r0;\n xor.b32 %r3, %r3, 128;\n ld.shared
         ("mov.u32 %r3, 1024;\n ld.shared.b32 %r4, [%r3];", "of 1024 bytes of shared memory", {}),
         ("mov.u32 %r3, 0;\n ld.shared.b32 %r4, [%r3];", "before it is written", {}),
         ("st.global.b32 [%rd1], %r7;", "%r7 is read before it is written", {}),
-        ("st.global.b32 [%rd0], %r0;", "warps race", {}),
+        ("mov.u32 %r3, 0;\n st.global.b32 [%rd0], %r3;", "warps race", {}),
         ("shl.b32 %r3, %r0, 2;\n" + WRITE_AND_READ, "before it is written|warps race", {}),
+        ("and.b32 %r3, %r0, 124;\n st.shared.b32 [%r3], %r0;", "different values to one place", {"threads": 32}),
+        ("shl.b32 %r3, %r0, 2;\n st.shared.b32 [%r3], %r0;\n mov.u32 %r3, 4;\n ld.shared.b32 %r4, [%r3];",
+         "threads of a warp race: ld.shared.b32 .*; st.shared|threads of a warp race: st.shared", {"threads": 32}),
         ("mov.u32 %r3, 0;\n setp.eq.s32 %p1, %r0, 0;\n ld.global.b32 %r4, [%rd0];\n @%p1 st.global.b32 [%rd0], %r3;",
          "warps race: ld.global", {}),
         ("setp.eq.s32 %p1, %r0, 0;\n @%p1 st.global.b32 [%rd0], %r0;", "programs race", {"programs": 2}),
@@ -250,7 +253,7 @@ print(total.item(), dict(launched))
     ("end", "shows"),
     [
         ("tl.atomic_add(total_ptr, total)", "499500.0 {'count': 1}"),
-        ("tl.store(total_ptr, tl.load(total_ptr) + total)", "race: ld.global.b32"),
+        ("tl.store(total_ptr, tl.load(total_ptr) + total)", "different values to one place"),
         ("tl.store(total_ptr + tl.program_id(0), total)", "in none of the arguments"),
     ],
 )

@@ -10,8 +10,8 @@ import numpy as np
 
 from . import arithmetic
 from .arithmetic import Array
-from .machine import FORMS, WARP, Machine
-from .memory import ATOMIC, READ, WRITE, Ints
+from .machine import FORMS, Machine
+from .memory import ATOMIC, READ, WARP, WRITE, Ints
 from .program import Fault, Instruction, Operand, Program
 
 Step = Callable[[Machine, Ints], "int | None"]
@@ -277,6 +277,7 @@ class _Decoder:
             return None
         count = next((int(part[1:]) for part in self.parts if re.match(r"v\d$", part)), 1)
         form = np.dtype(FORMS[self.kind])
+        bits = np.dtype(f"u{form.itemsize}")
         registers, where = self.operands if kind == READ else self.operands[::-1]
         names = registers if isinstance(registers, list) else [registers]
         address = self._address(where, space)
@@ -286,16 +287,17 @@ class _Decoder:
         def step(machine: Machine, who: Ints) -> None:
             loaded = np.zeros((count, len(who)), form)
             for data, byte, chosen in machine.memory.access(
-                space, address(machine, who), form.itemsize * count, machine.warp[who], machine.epochs(who), kind,
-                self.line,
-            ):  # fmt: skip
-                elements = data[: len(data) // form.itemsize * form.itemsize].view(form)
+                space, address(machine, who), form.itemsize * count, who, machine.epochs(who), kind, self.line
+            ):
+                elements = data[: len(data) // form.itemsize * form.itemsize].view(bits)
                 for at in range(count):
                     place = byte // form.itemsize + at
                     if kind == READ:
-                        loaded[at, chosen] = elements[place]
+                        loaded[at, chosen] = elements[place].view(form)
                     else:
-                        elements[place] = gets[at](machine, who[chosen])
+                        elements[place] = value = gets[at](machine, who[chosen]).view(bits)
+                        if (elements[place] != value).any():
+                            raise Fault("threads write different values to one place at once")
             for put, values in zip(puts, loaded, strict=False):
                 put(machine, values, who)
 
@@ -313,7 +315,7 @@ class _Decoder:
 
         def step(machine: Machine, who: Ints) -> None:
             for data, byte, chosen in machine.memory.access(
-                space, address(machine, who), form.itemsize, machine.warp[who], machine.epochs(who), ATOMIC, self.line
+                space, address(machine, who), form.itemsize, who, machine.epochs(who), ATOMIC, self.line
             ):
                 elements = data[: len(data) // form.itemsize * form.itemsize].view(form)
                 np.add.at(elements, byte // form.itemsize, get(machine, who[chosen]))

@@ -50,9 +50,7 @@ def emulate(architecture: int, seed: int | None = None) -> None:
         given = [(named[name], kind) for name, kind in signature.items() if kind != "constexpr"]
         extents = (*grid, 1, 1)[:3]
         programs = extents[0] * extents[1] * extents[2]
-        memory = Memory(
-            _buffers(value for value, _ in given), compiled.metadata.shared, programs, program.threads // 32
-        )
+        memory = Memory(_buffers(value for value, _ in given), compiled.metadata.shared, programs, program.threads)
         values = [_parameter(value, kind) for value, kind in given]
         # triton adds pointers to scratch memory, which is not used
         values += [np.uint64(0)] * (len(program.parameters) - len(values))

@@ -8,10 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arithmetic import Array
-from .memory import Ints, Memory
+from .memory import WARP, Ints, Memory
 from .program import Fault, Program
 
-WARP = 32
 FORMS: dict[str, Any] = {
     "b8": np.uint8, "u8": np.uint8, "s8": np.int8, "b16": np.uint16, "u16": np.uint16, "s16": np.int16,
     "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "b64": np.uint64, "u64": np.uint64, "s64": np.int64,

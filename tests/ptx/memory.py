@@ -12,6 +12,7 @@ from .program import Fault
 
 Ints = NDArray[np.int64]
 READ, WRITE, ATOMIC = 1, 2, 4
+WARP = 32
 SECTOR = 32
 """Bytes that a GPU moves at least."""
 GRAIN = 2
@@ -20,12 +21,12 @@ GRAIN = 2
 
 @dataclass
 class _Accesses:
-    """Of one instruction: where, how many bytes, by which warps, after how many barriers of their programs."""
+    """Of one instruction: where, how many bytes, by which threads, after how many barriers of their programs."""
 
     region: int
     byte: Ints
     size: int
-    warp: Ints
+    thread: Ints
     epoch: Ints
     kind: int
     line: int
@@ -36,24 +37,24 @@ class Memory:
 
     Args:
         buffers: address and bytes of each, which do not overlap.
-        warps: of a program.
+        threads: of a program.
     """
 
     def __init__(
-        self, buffers: Iterable[tuple[int, NDArray[np.uint8]]], shared: int, programs: int, warps: int
+        self, buffers: Iterable[tuple[int, NDArray[np.uint8]]], shared: int, programs: int, threads: int
     ) -> None:
         found = sorted(buffers, key=lambda buffer: buffer[0])
         self.starts = np.array([start for start, _ in found], np.int64)
         self.ends = np.array([start + len(data) for start, data in found], np.int64)
         self.shared = shared
         self.stride = -(-shared // 16) * 16
-        self.warps = warps
+        self.threads = threads
         self.data = [data for _, data in found] + [np.zeros(self.stride * programs, np.uint8)]
         self.defined = np.zeros(self.stride * programs, bool)
         self.log: list[_Accesses] = []
 
     def access(
-        self, space: str, address: Ints, size: int, warp: Ints, epoch: Ints, kind: int, line: int
+        self, space: str, address: Ints, size: int, thread: Ints, epoch: Ints, kind: int, line: int
     ) -> Iterator[tuple[NDArray[np.uint8], Ints, Ints]]:
         """Bytes, where each access begins in them, and which accesses these are, for each buffer that is met."""
         if (address % size).any():
@@ -61,7 +62,7 @@ class Memory:
         if space == "shared":
             if address.min() < 0 or address.max() + size > self.shared:
                 raise Fault(f"{size} bytes at {address.max()} of {self.shared} bytes of shared memory")
-            regions, starts = np.full(len(address), len(self.starts)), -(warp // self.warps) * self.stride
+            regions, starts = np.full(len(address), len(self.starts)), -(thread // self.threads) * self.stride
         else:
             regions = np.searchsorted(self.starts, address, "right") - 1
             outside = (regions < 0) | (address + size > self.ends[regions])
@@ -71,7 +72,7 @@ class Memory:
         for region in set(regions.tolist()):
             chosen = np.flatnonzero(regions == region)
             byte = (address - starts)[chosen]
-            self.log.append(_Accesses(region, byte, size, warp[chosen], epoch[chosen], kind, line))
+            self.log.append(_Accesses(region, byte, size, thread[chosen], epoch[chosen], kind, line))
             if space == "shared":
                 touched = byte[:, None] + np.arange(size)
                 if kind != WRITE and not self.defined[touched].all():
@@ -85,15 +86,15 @@ class Memory:
         for a in self.log:
             if a.region < len(self.starts):
                 # one is aligned to its size, which is less than a sector
-                sectors = np.stack([a.warp, (a.byte + self.starts[a.region]) // SECTOR])
+                sectors = np.stack([a.thread // WARP, (a.byte + self.starts[a.region]) // SECTOR])
                 met += SECTOR * np.unique(sectors, axis=1).shape[1]
         return met
 
     def races(self) -> list[tuple[str, list[int]]]:
         """Which kinds of race there are, each with the lines that take part in the first of them.
 
-        Between programs of a launch nothing is ordered, between warps of a program barriers are. Reads go together,
-        and so do atomic accesses.
+        Between programs of a launch nothing is ordered, between threads of a program barriers are. Reads go together,
+        so do atomic accesses, and what a warp writes at once.
         """
         found = []
         for region in {accesses.region for accesses in self.log}:
@@ -102,32 +103,36 @@ class Memory:
                 continue
             grains = [a.byte[:, None] // GRAIN + np.arange(-(-a.size // GRAIN)) for a in log]
             place = np.concatenate([grain.ravel() for grain in grains])
-            warp = np.concatenate([np.repeat(a.warp, g.shape[1]) for a, g in zip(log, grains, strict=True)])
+            thread = np.concatenate([np.repeat(a.thread, g.shape[1]) for a, g in zip(log, grains, strict=True)])
             epoch = np.concatenate([np.repeat(a.epoch, g.shape[1]) for a, g in zip(log, grains, strict=True)])
             kind = np.concatenate([np.full(g.size, a.kind) for a, g in zip(log, grains, strict=True)])
             line = np.concatenate([np.full(g.size, a.line) for a, g in zip(log, grains, strict=True)])
-            program = warp // self.warps
-            for what, who, keys in (
-                ("programs", program, (place,)),
-                ("warps", warp, (epoch, program, place)),
+            moment = np.repeat(np.arange(len(log)), [g.size for g in grains])
+            program = thread // self.threads
+            for what, differ, keys in (
+                ("programs", (program,), (place,)),
+                ("warps", (thread // WARP,), (epoch, program, place)),
+                ("threads of a warp", (thread, moment), (epoch, program, place)),
             ):
-                lines = _race(who, keys, kind, line)
+                lines = _race(differ, keys, kind, line)
                 if lines:
                     found.append((what, lines))
         return found
 
 
-def _race(who: Ints, keys: tuple[Ints, ...], kind: Ints, line: Ints) -> list[int]:
-    """Lines of the first group of equal keys in which several take part and do not only read, or only add."""
+def _race(differ: tuple[Ints, ...], keys: tuple[Ints, ...], kind: Ints, line: Ints) -> list[int]:
+    """Lines of the first group of equal keys in which the others all differ, and not all only read, or only add."""
     order = np.lexsort(keys)
     first = np.zeros(len(order), bool)
     first[0] = True
     for key in keys:
         first[1:] |= np.diff(key[order]) != 0
     begins = np.flatnonzero(first)
-    several = np.minimum.reduceat(who[order], begins) != np.maximum.reduceat(who[order], begins)
     kinds = np.bitwise_or.reduceat(kind[order], begins)
-    bad = np.flatnonzero(several & (kinds != READ) & (kinds != ATOMIC))
+    several = (kinds != READ) & (kinds != ATOMIC)
+    for who in differ:
+        several &= np.minimum.reduceat(who[order], begins) != np.maximum.reduceat(who[order], begins)
+    bad = np.flatnonzero(several)
     if not len(bad):
         return []
     end = [*begins, len(order)][bad[0] + 1]
