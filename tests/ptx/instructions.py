@@ -124,8 +124,7 @@ class _Decoder:
             values = [get(machine, who) for get in gets]
             if flush:
                 values = [arithmetic.flushed(value) for value in values]
-            with np.errstate(all="ignore"):
-                value = np.asarray(function(*values))
+            value = np.asarray(function(*values))
             put(machine, arithmetic.flushed(value) if flush and value.dtype.kind == "f" else value, who)
 
         return step

@@ -69,16 +69,27 @@ class Machine:
         return value if len(who) == len(self.everyone) else value[who]
 
     def write(self, register: str, value: Array, who: Ints, form: Any) -> None:
-        """`value` has the register's size."""
-        if len(who) == len(self.everyone):
-            self.registers[register] = np.array(np.broadcast_to(value, who.shape)).view(form)
-            return
-        if register not in self.registers:
-            self.registers[register] = np.zeros(len(self.everyone), form)
-        self.registers[register][who] = np.broadcast_to(value, who.shape).view(form)
+        """`value` has the register's size. Registers may share an array, which is never changed."""
+        if value.shape != who.shape:
+            value = np.broadcast_to(value, who.shape)
+        value = value.view(form)
+        if len(who) < len(self.everyone):
+            old = self.registers.get(register)
+            whole = np.zeros(len(self.everyone), form) if old is None else old.copy()
+            whole[who] = value
+            value = whole
+        self.registers[register] = value
 
     def run(self, steps: list[Any]) -> None:
         """All threads to their ends; `steps` are what `instructions.decode` makes of the program. Raises: Fault."""
+        with np.errstate(all="ignore"):
+            self._run(steps)
+        races = self.memory.races()
+        if races:
+            what, lines = races[0]
+            raise Fault(f"{what} race: " + "; ".join(self.program.code[line].text for line in lines))
+
+    def _run(self, steps: list[Any]) -> None:
         chosen, stretch = self.everyone, 0
         while not self.gone.all():
             if self.random is not None and stretch <= 0:
@@ -94,10 +105,6 @@ class Machine:
             low = int(self.at[able].min())
             stretch -= self._straight(steps, low, able[self.at[able] == low], len(able), stretch)
             self._open_barriers()
-        races = self.memory.races()
-        if races:
-            what, lines = races[0]
-            raise Fault(f"{what} race: " + "; ".join(self.program.code[line].text for line in lines))
 
     def _some_warps(self) -> Ints:
         assert self.random is not None

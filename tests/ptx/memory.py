@@ -109,31 +109,39 @@ class Memory:
             line = np.concatenate([np.full(g.size, a.line) for a, g in zip(log, grains, strict=True)])
             moment = np.repeat(np.arange(len(log)), [g.size for g in grains])
             program = thread // self.threads
-            for what, differ, keys in (
-                ("programs", (program,), (place,)),
-                ("warps", (thread // WARP,), (epoch, program, place)),
-                ("threads of a warp", (thread, moment), (epoch, program, place)),
+            whole = _Groups((place,), kind)
+            between_barriers = _Groups((epoch, program, place), kind)
+            for what, groups, differ in (
+                ("programs", whole, (program,)),
+                ("warps", between_barriers, (thread // WARP,)),
+                ("threads of a warp", between_barriers, (thread, moment)),
             ):
-                lines = _race(differ, keys, kind, line)
-                if lines:
-                    found.append((what, lines))
+                bad = groups.first_of_several(differ)
+                if bad is not None:
+                    found.append((what, sorted(set(line[bad].tolist()))))
         return found
 
 
-def _race(differ: tuple[Ints, ...], keys: tuple[Ints, ...], kind: Ints, line: Ints) -> list[int]:
-    """Lines of the first group of equal keys in which the others all differ, and not all only read, or only add."""
-    order = np.lexsort(keys)
-    first = np.zeros(len(order), bool)
-    first[0] = True
-    for key in keys:
-        first[1:] |= np.diff(key[order]) != 0
-    begins = np.flatnonzero(first)
-    kinds = np.bitwise_or.reduceat(kind[order], begins)
-    several = (kinds != READ) & (kinds != ATOMIC)
-    for who in differ:
-        several &= np.minimum.reduceat(who[order], begins) != np.maximum.reduceat(who[order], begins)
-    bad = np.flatnonzero(several)
-    if not len(bad):
-        return []
-    end = [*begins, len(order)][bad[0] + 1]
-    return sorted(set(line[order][begins[bad[0]] : end].tolist()))
+class _Groups:
+    """Accesses of equal keys; those groups that only read, or only add, do not matter."""
+
+    def __init__(self, keys: tuple[Ints, ...], kind: Ints) -> None:
+        self.order = np.lexsort(keys)
+        first = np.zeros(len(kind), bool)
+        first[0] = True
+        for key in keys:
+            first[1:] |= np.diff(key[self.order]) != 0
+        self.begins = np.flatnonzero(first)
+        kinds = np.bitwise_or.reduceat(kind[self.order], self.begins)
+        self.matter = (kinds != READ) & (kinds != ATOMIC)
+
+    def first_of_several(self, differ: tuple[Ints, ...]) -> Ints | None:
+        """The accesses of the first group in which each of these arrays has different values."""
+        bad = self.matter
+        for values in differ:
+            ordered = values[self.order]
+            bad = bad & (np.minimum.reduceat(ordered, self.begins) != np.maximum.reduceat(ordered, self.begins))
+        if not bad.any():
+            return None
+        at = int(np.argmax(bad))
+        return self.order[self.begins[at] : [*self.begins, len(self.order)][at + 1]]
