@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ptx import arithmetic
+from ptx import arithmetic, machine
 from ptx.instructions import decode
 from ptx.machine import Machine
 from ptx.memory import Memory
@@ -184,6 +184,28 @@ def test_barriers_order_warps(order: int) -> None:
     assert run(body, programs=3, order=order).tolist() == 3 * list(range(63, -1, -1))
 
 
+def test_a_warp_waits_for_its_threads() -> None:
+    """The one that went elsewhere comes back from behind."""
+    body = """
+    setp.eq.s32 %p1, %r0, 5;
+    mov.b32 %r3, 1;
+    @%p1 bra $aside;
+$back:
+    redux.sync.add.s32 %r4, %r3, -1;
+    st.global.b32 [%rd1], %r4;
+    ret;
+$aside:
+    mov.b32 %r3, 100;
+    bra.uni $back;"""
+    assert run(body, threads=32).tolist() == [131] * 32
+
+
+def test_parameters_have_the_type_of_the_instruction() -> None:
+    body = "ld.param.b32 %rd2, [n];\n shr.u64 %rd2, %rd2, 32;\n st.global.b32 [%rd1], %rd2;"
+    assert set(run(body, n=-5).tolist()) == {0}
+    assert set(run(body.replace("b32 %rd2, [n]", "s32 %rd2, [n]"), n=-5).tolist()) == {2**32 - 1}
+
+
 def test_atomics_go_together() -> None:
     assert run("red.global.gpu.relaxed.add.u32 [%rd0], 1;", programs=4, size=1).tolist() == [256]
 
@@ -214,6 +236,15 @@ WRITE_AND_READ = "st.shared.b32 [%r3], %r0;\n xor.b32 %r3, %r3, 128;\n ld.shared
         ("setp.lt.s32 %p1, %r0, 40;\n @%p1 redux.sync.add.s32 %r3, %r0, -1;", "not all threads of a warp", {}),
         ("sin.approx.f32 %r3, %r0;", "not known: sin.approx", {}),
         ("div.approx.f32 %r3, %r0, %r0;", "not known: div.approx", {}),
+        ("setp.lt.u32 %p1, %r0, 3;\n @%p1 mov.b32 %r3, 5;\n st.global.b32 [%rd1], %r3;", "%r3 is read before", {}),
+        ("and.b32 %r3, %r0, 1;\n setp.eq.s32 %p1, %r3, 0;\n @%p1 bar.sync 0;\n @!%p1 bar.sync 0;",
+         "at different barriers", {}),
+        ("redux.sync.add.s32 %r3, %r0, 65535;", "a mask of parts of warps", {}),
+        ("add.bf16 %rs1, %rs2, %rs3;", "not known: add.bf16", {}),
+        ("mul.u32 %r3, %r0, %r0;", "not known: mul.u32", {}),
+        ("add.rn.f32 %r3, %r0, 0d3FF0000000000000;", "not known: add.rn.f32", {}),
+        ("ld.global.v2.b32 {%r3}, [%rd1];", "not known: ld.global.v2", {}),
+        ("bra $nowhere;", "not known: bra", {}),
         ("add.rz.f32 %r3, %r0, %r0;", "not known: add.rz", {}),
         ("add.cc.u32 %r3, %r0, %r0;", "not known: add.cc", {}),
         ("ld.volatile.global.b32 %r3, [%rd1];", "not known: ld.volatile", {}),
@@ -225,6 +256,13 @@ WRITE_AND_READ = "st.shared.b32 [%r3], %r0;\n xor.b32 %r3, %r3, 128;\n ld.shared
 def test_faults(body: str, fault: str, settings: dict[str, int], order: int | None) -> None:
     with pytest.raises(Fault, match=fault):
         run(body, order=order, **settings)
+
+
+@pytest.mark.parametrize("order", [None, 3])
+def test_a_loop_without_an_end(order: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "LIMIT", 1000)
+    with pytest.raises(Fault, match="no end"):
+        run("$again: bra.uni $again;", order=order)
 
 
 def test_what_is_no_kernel() -> None:

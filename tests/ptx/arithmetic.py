@@ -1,4 +1,7 @@
-"""Numbers of a GPU that numpy has no function for. All on arrays, all rounded as IEEE 754 and PTX have it."""
+"""Numbers of a GPU that numpy has no function for. All on arrays, all rounded as IEEE 754 and PTX have it.
+
+The bits of nan are the host's, and the sign of a smallest or largest 0 is that of either.
+"""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ _MODIFIERS = {
     "st": {"global", "shared", "v2", "v4"},
     "atom": {"global", "shared", "relaxed", "acq_rel", "gpu", "sys", "add"},
     "red": {"global", "shared", "relaxed", "gpu", "sys", "add"},
-    "bar": {"warp"},
+    "bar": set(),
     "bra": set(),
     "shfl": {"sync", "up", "down", "bfly", "idx"},
     "redux": {"sync", "add"},
@@ -52,7 +52,10 @@ def decode(program: Program) -> list[Step]:
     """Raises: Fault that names an instruction that is not known."""
     steps = []
     for line, instruction in enumerate(program.code):
-        step = _Decoder(program, instruction, line).step()
+        try:
+            step = _Decoder(program, instruction, line).step()
+        except (AssertionError, KeyError, ValueError):
+            step = None
         if step is None:
             raise Fault(f"not known: {instruction.text}")
         steps.append(step)
@@ -68,7 +71,10 @@ class _Decoder:
     def step(self) -> Step | None:
         """None: not known."""
         name = self.parts[0]
-        if not set(self.parts[1:-1]) <= _MODIFIERS.get(name, _ROUNDING):
+        # bfloat16 stays bits, with which nothing is computed
+        if not set(self.parts[1:-1]) <= _MODIFIERS.get(name, _ROUNDING) or (self.kind == "bf16" and name != "cvt"):
+            return None
+        if self.kind[0] in "subp" and {"rn", "ftz"} & set(self.parts[1:-1]) and name != "cvt":
             return None
         special = getattr(self, f"do_{name}", None)
         if special is not None:
@@ -144,6 +150,8 @@ class _Decoder:
     do_shr = do_shl
 
     def do_mul(self) -> Step | None:
+        if self.kind[0] != "f" and len({"lo", "hi", "wide"} & set(self.parts)) != 1:
+            return None
         if self.kind[0] == "f" or "lo" in self.parts:
             return self._plain(np.multiply)
         wide = np.dtype(f"{'i' if self.kind[0] == 's' else 'u'}{int(self.kind[1:]) // 4}")
@@ -151,11 +159,14 @@ class _Decoder:
             return None
         if "wide" in self.parts:
             return self._plain(lambda a, b: a.astype(wide) * b.astype(wide))
-        return self._plain(lambda a, b: ((a.astype(wide) * b.astype(wide)) >> wide.type(32)).astype(a.dtype))
+        bits = wide.type(int(self.kind[1:]))
+        return self._plain(lambda a, b: ((a.astype(wide) * b.astype(wide)) >> bits).astype(a.dtype))
 
     def do_mad(self) -> Step | None:
         if "lo" in self.parts:
             return self._plain(lambda a, b, c: a * b + c)
+        if "wide" not in self.parts:
+            return None
         wide = f"{self.kind[0]}{2 * int(self.kind[1:])}"
         form = FORMS[wide]
         return self._plain(lambda a, b, c: a.astype(form) * b.astype(form) + c, [self.kind, self.kind, wide])
@@ -176,14 +187,19 @@ class _Decoder:
 
     def do_popc(self) -> Step:
         def count(a: Array) -> Array:
-            return np.unpackbits(np.atleast_1d(a).view(np.uint8)).reshape(-1, 8 * a.itemsize).sum(1).astype(np.uint32)
+            bits = np.unpackbits(np.ascontiguousarray(a).view(np.uint8))
+            return bits.reshape(-1, 8 * a.itemsize).sum(1).astype(np.uint32)
 
         return self._plain(count)
 
     def do_bfe(self) -> Step | None:
         if self.kind != "u32":
             return None
-        return self._plain(lambda a, at, n: arithmetic.shifted_right(a, at) & ~arithmetic.shifted_left(~(a & 0), n))
+
+        def taken(a: Array, at: Array, size: Array) -> Array:
+            return arithmetic.shifted_right(a, at & 255) & ~arithmetic.shifted_left(~(a & 0), size & 255)
+
+        return self._plain(taken)
 
     def do_prmt(self) -> Step | None:
         return self._plain(arithmetic.permuted, ["u32"] * 3) if self.kind == "b32" else None
@@ -204,6 +220,8 @@ class _Decoder:
 
     def do_cvt(self) -> Step | None:
         target, source = self.parts[-2:]
+        if len(self.parts) != 3 + ("rn" in self.parts) + ("ftz" in self.parts):
+            return None
         if target in ("bf16x2", "f16x2"):
             half = arithmetic.bfloat16 if target == "bf16x2" else lambda x: x.astype(np.float16).view(np.uint16)
             return self._plain(lambda high, low: half(high).astype(np.uint32) << np.uint32(16) | half(low))
@@ -250,9 +268,11 @@ class _Decoder:
             return self._move(READ)
         assert isinstance(self.operands[1], str)
         name, put = self.operands[1].strip("[] "), self._put(self.operands[0])
+        form = np.dtype(FORMS[self.kind])
 
         def step(machine: Machine, who: Ints) -> None:
-            put(machine, np.asarray(machine.parameters[name]), who)
+            value = np.asarray(machine.parameters[name])
+            put(machine, np.frombuffer(value.tobytes()[: form.itemsize], form)[0], who)
 
         return step
 
@@ -279,6 +299,8 @@ class _Decoder:
         bits = np.dtype(f"u{form.itemsize}")
         registers, where = self.operands if kind == READ else self.operands[::-1]
         names = registers if isinstance(registers, list) else [registers]
+        if len(names) != count:
+            return None
         address = self._address(where, space)
         puts = [self._put(name) for name in names] if kind == READ else []
         gets = [self._get(name, self.kind) for name in names] if kind == WRITE else []
@@ -297,8 +319,8 @@ class _Decoder:
                         elements[place] = value = gets[at](machine, who[chosen]).view(bits)
                         if (elements[place] != value).any():
                             raise Fault("threads write different values to one place at once")
-            for put, values in zip(puts, loaded, strict=False):
-                put(machine, values, who)
+            for at, put in enumerate(puts):
+                put(machine, loaded[at], who)
 
         return step
 
@@ -319,7 +341,7 @@ class _Decoder:
                 elements = data[: len(data) // form.itemsize * form.itemsize].view(form)
                 np.add.at(elements, byte // form.itemsize, get(machine, who[chosen]))
             if isinstance(result, str):
-                machine.registers.pop(result, None)
+                machine.forget(result, who)
 
         return step
 
@@ -328,8 +350,6 @@ class _Decoder:
     # threads
 
     def do_bar(self) -> Step | None:
-        if "warp" in self.parts:
-            return lambda machine, who: _whole_warps(machine, who)
         if self.operands != ["0"]:
             return None
 
@@ -351,11 +371,13 @@ class _Decoder:
 
     def _by_warp(self, function: Callable[..., Array], kinds: list[str], to: Operand) -> Step:
         """`function` gets (warps, 32) of each operand."""
-        gets = [self._get(operand, kind) for operand, kind in zip(self.operands[1:], kinds, strict=False)]
-        put = self._put(to)
+        gets = [self._get(operand, kind) for operand, kind in zip(self.operands[1:-1], kinds, strict=True)]
+        mask, put = self._get(self.operands[-1], "u32"), self._put(to)
 
         def step(machine: Machine, who: Ints) -> None:
             _whole_warps(machine, who)
+            if (mask(machine, who) != 0xFFFFFFFF).any():
+                raise Fault("a mask of parts of warps")
             values = [np.broadcast_to(get(machine, who), who.shape).reshape(-1, WARP) for get in gets]
             found = np.asarray(function(*values))
             put(machine, np.broadcast_to(found, (len(who) // WARP, WARP)).ravel(), who)
@@ -414,7 +436,11 @@ def _number(text: str, form: np.dtype[Any]) -> Array:
     if text == "global_smem":
         number = 0
     elif re.match(r"0[fFdD][0-9A-Fa-f]+$", text):
+        if len(text) != 2 + 2 * form.itemsize:
+            raise ValueError(f"{text} is no {form}")
         number = int(text[2:], 16)
+    elif form.kind == "f":
+        raise ValueError(f"{text} is no {form}")
     else:
         number = int(text.rstrip("U"), 0)
     if form == np.bool_:

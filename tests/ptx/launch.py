@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,7 @@ from benchmarks.contract.compile import OfflineDriver
 from .instructions import Step, decode
 from .machine import Machine
 from .memory import Memory
-from .program import Program, parse
+from .program import Fault, Program, parse
 
 launched: Counter[str] = Counter()
 """How often each kernel has run."""
@@ -27,7 +28,9 @@ launched: Counter[str] = Counter()
 observers: list[Callable[[str, Memory], None]] = []
 """Called after each launch with the kernel's name and its memory."""
 
-_NUMBERS: dict[str, Any] = {"fp32": np.float32, "fp64": np.float64, "i32": np.int32, "i64": np.int64, "i1": np.int8}
+_NUMBERS: dict[str, Any] = {
+    "fp32": np.float32, "fp64": np.float64, "u1": np.uint8, "i32": np.int32, "i64": np.int64, "u64": np.uint64,
+}  # fmt: skip
 _programs: dict[str, tuple[Program, list[Step]]] = {}
 
 
@@ -41,11 +44,16 @@ def emulate(architecture: int, seed: int | None = None) -> None:
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         driver.set_active(OfflineDriver(architecture))
         compiled = compile_and_launch(kernel, *args, grid=grid, warmup=True, **options)
+        if warmup:
+            return compiled
         if compiled.hash not in _programs:
             program = parse(compiled.asm["ptx"])
             _programs[compiled.hash] = program, decode(program)
         program, steps = _programs[compiled.hash]
-        named = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
+        bound = inspect.signature(kernel.fn).bind(*args, **{k: v for k, v in options.items() if k in kernel.arg_names})
+        bound.apply_defaults()
+        named = bound.arguments
+        grid = grid(named) if callable(grid) else grid
         signature = compiled.src.signature
         given = [(named[name], kind) for name, kind in signature.items() if kind != "constexpr"]
         extents = (*grid, 1, 1)[:3]
@@ -53,10 +61,14 @@ def emulate(architecture: int, seed: int | None = None) -> None:
         memory = Memory(_buffers(value for value, _ in given), compiled.metadata.shared, programs, program.threads)
         values = [_parameter(value, kind) for value, kind in given]
         # triton adds pointers to scratch memory, which is not used
+        assert len(program.parameters) - len(values) <= 2
         values += [np.uint64(0)] * (len(program.parameters) - len(values))
         parameters = dict(zip(program.parameters, values, strict=True))
         order = None if seed is None else seed + launched.total()
-        Machine(program, extents, memory, parameters, order).run(steps)
+        try:
+            Machine(program, extents, memory, parameters, order).run(steps)
+        except Fault as fault:
+            raise Fault(f"{kernel.fn.__name__}, order {order}: {fault}") from None
         launched[kernel.fn.__name__] += 1
         for observe in observers:
             observe(kernel.fn.__name__, memory)
@@ -69,11 +81,16 @@ def _parameter(value: Any, kind: str) -> Any:
     return np.uint64(value.data_ptr()) if isinstance(value, Tensor) else _NUMBERS[kind](value)
 
 
+def _last(tensor: Tensor) -> int:
+    """Place of the last element."""
+    return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def _buffers(values: Any) -> list[tuple[int, NDArray[np.uint8]]]:
-    """Memory of the tensors; those that overlap are one."""
+    """Memory of the tensors; those that overlap are one. That a kernel leaves one for a neighbour is not noticed."""
     spans: list[list[int]] = []
     tensors = (value for value in values if isinstance(value, torch.Tensor) and value.numel())
-    for begin, end in sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.itemsize) for t in tensors):
+    for begin, end in sorted((t.data_ptr(), t.data_ptr() + t.itemsize * (1 + _last(t))) for t in tensors):
         if spans and begin < spans[-1][1]:
             spans[-1][1] = max(end, spans[-1][1])
         else:

@@ -19,6 +19,10 @@ FORMS: dict[str, Any] = {
 """How the bits of a register are read as each type; bfloat16 stays bits."""
 
 
+LIMIT = 10**6
+"""Instructions of a launch; a kernel that is not done then has no end."""
+
+
 class Machine:
     """One launch. Registers are arrays with an element for each thread of the grid.
 
@@ -55,6 +59,8 @@ class Machine:
         self.random = None if seed is None else np.random.default_rng(seed)
         self.at = np.zeros(len(thread), np.int64)
         self.waiting, self.gone = np.zeros(len(thread), bool), np.zeros(len(thread), bool)
+        # of registers that not all threads have written: which have
+        self.defined: dict[str, NDArray[np.bool_]] = {}
         self.epoch = np.zeros(self.programs, np.int64)
 
     def epochs(self, who: Ints) -> Ints:
@@ -66,6 +72,9 @@ class Machine:
             value = self.registers[register]
         except KeyError:
             raise Fault(f"{register} is read before it is written") from None
+        defined = self.defined.get(register)
+        if defined is not None and not defined[who].all():
+            raise Fault(f"{register} is read before it is written")
         return value if len(who) == len(self.everyone) else value[who]
 
     def write(self, register: str, value: Array, who: Ints, form: Any) -> None:
@@ -78,7 +87,18 @@ class Machine:
             whole = np.zeros(len(self.everyone), form) if old is None else old.copy()
             whole[who] = value
             value = whole
+            if old is None:
+                self.defined[register] = np.zeros(len(self.everyone), bool)
+            if register in self.defined:
+                self.defined[register][who] = True
+        else:
+            self.defined.pop(register, None)
         self.registers[register] = value
+
+    def forget(self, register: str, who: Ints) -> None:
+        """What these threads have in a register is not known any more."""
+        if register in self.registers:
+            self.defined.setdefault(register, np.ones(len(self.everyone), bool))[who] = False
 
     def run(self, steps: list[Any]) -> None:
         """All threads to their ends; `steps` are what `instructions.decode` makes of the program. Raises: Fault."""
@@ -90,7 +110,7 @@ class Machine:
             raise Fault(f"{what} race: " + "; ".join(self.program.code[line].text for line in lines))
 
     def _run(self, steps: list[Any]) -> None:
-        chosen, stretch = self.everyone, 0
+        chosen, stretch, left = self.everyone, 0, LIMIT
         while not self.gone.all():
             if self.random is not None and stretch <= 0:
                 chosen, stretch = self._some_warps(), int(self.random.integers(1, 200))
@@ -101,10 +121,23 @@ class Machine:
                 if (self.gone | self.waiting).all():
                     raise Fault("a barrier that not all threads of a program reach")
                 continue
-            # those that are behind go first, so that ways that part come together again
-            low = int(self.at[able].min())
-            stretch -= self._straight(steps, low, able[self.at[able] == low], len(able), stretch)
+            low, who = self._behind(able)
+            made = self._straight(steps, low, who, len(able), stretch)
+            stretch, left = stretch - made, left - made
+            if left < 0:
+                raise Fault("no end")
             self._open_barriers()
+
+    def _behind(self, able: Ints) -> tuple[int, Ints]:
+        """Those that are behind go first, so that ways that part come together again; a warp waits for its threads."""
+        places = self.at[able]
+        for low in np.unique(places).tolist():
+            who = able[places == low]
+            if self.program.code[low].parts[0] in ("shfl", "redux", "vote"):
+                who = who[np.bincount(self.warp[who])[self.warp[who]] == WARP]
+            if len(who):
+                return low, who
+        return low, able[places == low]
 
     def _some_warps(self) -> Ints:
         assert self.random is not None
@@ -133,8 +166,12 @@ class Machine:
                 return made
 
     def _open_barriers(self) -> None:
+        """Where all threads of a program wait; that some have ended, which a GPU allows, counts as a fault."""
         if self.waiting.any():
             waiting: NDArray[np.bool_] = self.waiting.reshape(self.programs, -1)
             complete = waiting.all(1)
             self.epoch[complete] += 1
+            lanes = self.at.reshape(self.programs, -1, WARP)[complete]
+            if (lanes != lanes[..., :1]).any():
+                raise Fault("threads of a warp at different barriers")
             waiting[complete] = False

@@ -72,6 +72,8 @@ class Memory:
         for region in set(regions.tolist()):
             chosen = np.flatnonzero(regions == region)
             byte = (address - starts)[chosen]
+            if (byte % size).any():
+                raise Fault(f"{size} bytes of a buffer that begins between two such")
             self.log.append(_Accesses(region, byte, size, thread[chosen], epoch[chosen], kind, line))
             if space == "shared":
                 touched = byte[:, None] + np.arange(size)

@@ -60,7 +60,7 @@ def _body(text: str) -> str:
 
 def _read(program: Program, statement: str) -> None:
     # braces around statements, of inline assembly, only limit names
-    statement = statement.strip("{} \t\n") if statement.strip().startswith(("{", "}")) else statement.strip()
+    statement = statement.lstrip("{} \t\n").rstrip()
     while label := re.match(r"([$\w]+):\s*", statement):
         program.labels[label[1]] = len(program.code)
         statement = statement[label.end() :].lstrip("{} \t\n")
