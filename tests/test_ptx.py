@@ -206,6 +206,11 @@ def test_parameters_have_the_type_of_the_instruction() -> None:
     assert set(run(body.replace("b32 %rd2, [n]", "s32 %rd2, [n]"), n=-5).tolist()) == {2**32 - 1}
 
 
+def test_neighbouring_bytes_are_places_of_their_own() -> None:
+    body = "cvt.u64.u32 %rd2, %r2;\n add.s64 %rd2, %rd0, %rd2;\n cvt.u16.u32 %rs1, %r2;\n st.global.b8 [%rd2], %rs1;"
+    assert run(body, size=16).view(np.uint8).tolist() == list(range(64))
+
+
 def test_atomics_go_together() -> None:
     assert run("red.global.gpu.relaxed.add.u32 [%rd0], 1;", programs=4, size=1).tolist() == [256]
 

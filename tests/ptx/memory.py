@@ -15,8 +15,6 @@ READ, WRITE, ATOMIC = 1, 2, 4
 WARP = 32
 SECTOR = 32
 """Bytes that a GPU moves at least."""
-GRAIN = 2
-"""Bytes that races are told apart by: the smallest element of a buffer that several threads write."""
 
 
 @dataclass
@@ -101,9 +99,11 @@ class Memory:
         found = []
         for region in {accesses.region for accesses in self.log}:
             log = [accesses for accesses in self.log if accesses.region == region]
-            if len(log) == 1 and log[0].kind != WRITE:
+            if {accesses.kind for accesses in log} in ({READ}, {ATOMIC}):
                 continue
-            grains = [a.byte[:, None] // GRAIN + np.arange(-(-a.size // GRAIN)) for a in log]
+            # all are aligned to their sizes, so that parts of the smallest one tell all places apart
+            grain = min(accesses.size for accesses in log)
+            grains = [a.byte[:, None] // grain + np.arange(a.size // grain) for a in log]
             place = np.concatenate([grain.ravel() for grain in grains])
             thread = np.concatenate([np.repeat(a.thread, g.shape[1]) for a, g in zip(log, grains, strict=True)])
             epoch = np.concatenate([np.repeat(a.epoch, g.shape[1]) for a, g in zip(log, grains, strict=True)])
