@@ -90,9 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lm.model.eval()
     batch = lm.prompts(rows_of(options.batch, options.length, 1))
     settings = {name: value for name, value in vars(options).items() if name != "json"}
+    document = {"settings": settings, "environment": environment(device)}
     for ways in measure(lm, batch, options.tokens, options.repeats):
         if options.json:
-            write_json(options.json, {"settings": settings, "environment": environment(device), "ways": ways})
+            write_json(options.json, {**document, "ways": ways})
     print(f"{'cache':10}{'one token, ms':>15}{'all, ms':>10}{'first, ms':>11}{'equal':>8}")
     for way, row in ways.items():
         print(f"{way:10}{row['one_ms']:15.1f}{row['all_ms']:10.1f}{row['first_ms']:11.0f}{row['equal']:8.2f}")

@@ -50,16 +50,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = plan(sets, operations, contenders, ["fp32", *args.variants])
     settings = {"sets": list(sets), "ops": operations, "budget": args.budget, "quick": args.quick}
     progress = (lambda row: None) if args.quiet else _progress(len(cases))
-    known: list[Row] = []
+    rows: list[Row] = []
 
     def keep(row: Row) -> None:
-        known.append(row)
+        rows.append(row)
         progress(row)
         # the time allowed may end before the last row
         if args.json and row.status != "not run":
-            write_json(args.json, document(known, env, machine, settings))
+            write_json(args.json, document(rows, env, machine, settings))
 
-    rows = run(cases, machine, args.budget, QUICK_ROW_SECONDS if args.quick else ROW_SECONDS, keep)
+    run(cases, machine, args.budget, QUICK_ROW_SECONDS if args.quick else ROW_SECONDS, keep)
     copy_end = machine.measure_copy()
     print(table(rows))
     print(goal_table(goals(rows, env["gpu"])))

@@ -205,7 +205,7 @@ def plan(args: argparse.Namespace, rows: dict[str, dict[str, Any]]) -> dict[Cell
 
 
 def stored_cells(paths: list[Path]) -> list[dict[str, Any]]:
-    """The cells of result files, each with the environment it was measured in; of equal ones the last file's counts."""
+    """The cells of result files, each with the environment it was measured in."""
     documents = [json.loads(path.read_text()) for path in paths]
     return [{"environment": found["environment"], **cell} for found in documents for cell in found["cells"]]
 
@@ -283,9 +283,13 @@ def main() -> None:
 
     cells = plan(args, rows)
     stored = stored_cells(args.known)
-    known = {key: cell for key, config in cells.items() for cell in stored if cell["config"] == portable(config)}
-    finished: dict[Cell, dict[str, Any]] = {key: cell["results"] for key, cell in known.items()}
-    elsewhere: dict[Cell, dict[str, Any]] = {key: cell["environment"] for key, cell in known.items()}
+    finished: dict[Cell, dict[str, Any]] = {}
+    elsewhere: dict[Cell, dict[str, Any]] = {}
+    for key, config in cells.items():
+        settings = portable(config)
+        for cell in stored:  # of equal ones the last file's counts
+            if cell["config"] == settings:
+                finished[key], elsewhere[key] = cell["results"], cell["environment"]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(args.jobs) as pool:

@@ -42,11 +42,10 @@ def run_demo(output: Path, data: str | None, model: str | None, steps: int | Non
     from kif.demo_data import build_demo_data
     from kif.models import model_family
     from kif.report import comparison_table, load_results, write_report
-    from kif.run import train
+    from kif.run import check_unused, train
     from kif.tokenization import cache_folder
 
-    if output.exists() and any(output.iterdir()):
-        raise FileExistsError(f"{output} is not empty: choose another --output, or remove it")
+    check_unused(output, "choose another --output, or remove it")  # nothing in it can be resumed
     if data == "hub":
         raise ValueError("the demo reads a task folder; for tasks of the hub use `kif train --data hub --order 1`")
     folder = Path(data) if data else build_demo_data(cache_folder(None) / "demo-data")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import sys
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from kif.families import Encoded, LanguageModel
 from kif.methods import METHODS
 from kif.models import load_language_model
 from kif.stored import KnownTask, read_tasks
-from kif.tasks import DataError, Example, Task, _kind, _parse, suggest
+from kif.tasks import DataError, Example, Task, _kind, _parse, sound_gzip, suggest
 from kif.training import adapter_folder
 
 
@@ -202,11 +201,8 @@ def _batches(lines: Iterator[Line], size: int) -> Iterator[tuple[list[Line], Dat
 
 def _unpacked(path: Path) -> Iterator[bytes]:
     """Lines of a gzip file. Raises: DataError where it is broken."""
-    try:
-        with gzip.open(path) as file:
-            yield from file
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"broken gzip file: {error}", path) from error
+    with sound_gzip(path), gzip.open(path) as file:
+        yield from file
 
 
 @contextmanager

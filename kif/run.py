@@ -281,10 +281,10 @@ def evaluate_run(
     }
 
 
-def check_unused(output: Path) -> None:
+def check_unused(output: Path, advice: str = "choose another --output, remove it, or --resume the run in it") -> None:
     """Raise FileExistsError for a folder that holds anything: a run never overwrites another."""
     if output.exists() and any(output.iterdir()):
-        raise FileExistsError(f"{output} is not empty: choose another --output, remove it, or --resume the run in it")
+        raise FileExistsError(f"{output} is not empty: {advice}")
 
 
 def warn_unused(config: RunConfig, method: Method) -> None:

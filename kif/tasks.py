@@ -21,6 +21,7 @@ import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -285,14 +286,22 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
         data = _content(path)
         if path.suffix == ".gz":
-            data = gzip.decompress(data)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"broken gzip file: {error}", path) from error
+            with sound_gzip(path):
+                data = gzip.decompress(data)
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", path) from error
     for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         if line.strip():
             yield number, line
+
+
+@contextmanager
+def sound_gzip(path: Path) -> Iterator[None]:
+    """Within the block what a broken gzip file raises is a DataError of it."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"broken gzip file: {error}", path) from error
 
 
 def _content(path: Path) -> bytes:

@@ -7,13 +7,9 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-AT_LEAST = 290
-"""Tests: a folder that is not collected must not pass for one that is fine."""
+from kernel_process import ROOT, run_kernel_tests
 
 
 def collected(environment: dict[str, str]) -> str:
@@ -25,13 +21,7 @@ def collected(environment: dict[str, str]) -> str:
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_kernels_and_engine_under_the_interpreter() -> None:
-    # the kernel tests' conftest also corrects the interpreter for the engine's tests
-    command = [sys.executable, "-m", "pytest", "tests/kernel_tests", "tests/test_engine.py", "-q", "-rfE"]
-    environment = os.environ | {"KIF_BACKEND": "interpret", "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None and int(passed[1]) >= AT_LEAST, done.stdout[-2000:]
+    run_kernel_tests(KIF_BACKEND="interpret", TRITON_INTERPRET="1")
 
 
 def test_nothing_is_collected_where_the_kernels_cannot_run() -> None:

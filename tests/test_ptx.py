@@ -281,13 +281,16 @@ from ptx.launch import emulate, launched
 emulate(80, seed=5)
 
 @triton.jit
-def count(x_ptr, total_ptr, n, BLOCK: tl.constexpr):
+def count(x_ptr, total_ptr, n, twice, BLOCK: tl.constexpr, factor=3.0):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.sum(tl.load(x_ptr + at, mask=at < n, other=0.0))
+    total = tl.where(twice, 2 * total, total) * factor
     {end}
 
 x, total = torch.arange(1000.0), torch.zeros(())
-count[(4,)](x, total, 1000, BLOCK=256)
+count.warmup(x, total, 1000, True, BLOCK=256, grid=(4,))
+assert total.item() == 0.0
+count[lambda meta: (triton.cdiv(meta["n"], meta["BLOCK"]),)](x, total, 1000, True, BLOCK=256)
 print(total.item(), dict(launched))
 """
 
@@ -295,7 +298,7 @@ print(total.item(), dict(launched))
 @pytest.mark.parametrize(
     ("end", "shows"),
     [
-        ("tl.atomic_add(total_ptr, total)", "499500.0 {'count': 1}"),
+        ("tl.atomic_add(total_ptr, total)", "2997000.0 {'count': 1}"),
         ("tl.store(total_ptr, tl.load(total_ptr) + total)", "different values to one place"),
         ("tl.store(total_ptr + tl.program_id(0), total)", "in none of the arguments"),
     ],

@@ -29,7 +29,7 @@ _EXTREMES = {"min": (np.minimum, np.fmin), "max": (np.maximum, np.fmax)}
 
 
 _MODIFIERS = {
-    "mul": {"rn", "ftz", "lo", "hi", "wide"},
+    "mul": {"rn", "ftz", "lo", "wide"},
     "mad": {"lo", "wide"},
     "setp": {"ftz", "nan", "lo", "ls", "hi", "hs", *_COMPARE, *(f"{name}u" for name in _COMPARE)},
     "cvt": {"rn", *FORMS, "bf16x2", "f16x2"},
@@ -108,8 +108,6 @@ class _Decoder:
     def _put(self, operand: Operand) -> Callable[[Machine, Array, Ints], None]:
         """Values of another size than the register's are cut, or extended by their sign if they have one."""
         assert isinstance(operand, str)
-        if operand == "_":
-            return lambda machine, value, who: None
         form = np.dtype(self._form(operand))
 
         def put(machine: Machine, value: Array, who: Ints) -> None:
@@ -150,17 +148,12 @@ class _Decoder:
     do_shr = do_shl
 
     def do_mul(self) -> Step | None:
-        if self.kind[0] != "f" and len({"lo", "hi", "wide"} & set(self.parts)) != 1:
-            return None
         if self.kind[0] == "f" or "lo" in self.parts:
             return self._plain(np.multiply)
-        wide = np.dtype(f"{'i' if self.kind[0] == 's' else 'u'}{int(self.kind[1:]) // 4}")
-        if self.kind[1:] == "64":
+        if "wide" not in self.parts:
             return None
-        if "wide" in self.parts:
-            return self._plain(lambda a, b: a.astype(wide) * b.astype(wide))
-        bits = wide.type(int(self.kind[1:]))
-        return self._plain(lambda a, b: ((a.astype(wide) * b.astype(wide)) >> bits).astype(a.dtype))
+        form = FORMS[f"{self.kind[0]}{2 * int(self.kind[1:])}"]
+        return self._plain(lambda a, b: a.astype(form) * b.astype(form))
 
     def do_mad(self) -> Step | None:
         if "lo" in self.parts:
@@ -178,9 +171,6 @@ class _Decoder:
         if self.kind[0] == "f":
             return self._plain(np.divide) if "rn" in self.parts else None
         return self._plain(arithmetic.quotient)
-
-    def do_rem(self) -> Step:
-        return self._plain(lambda a, b: a - arithmetic.quotient(a, b) * b)
 
     def do_sqrt(self) -> Step | None:
         return self._plain(np.sqrt) if "rn" in self.parts else None
@@ -211,8 +201,6 @@ class _Decoder:
         compare = self.parts[1]
         if compare == "nan":
             return self._plain(lambda a, b: np.isnan(a) | np.isnan(b))
-        if len(self.parts) > 3 + ("ftz" in self.parts):
-            return None
         if self.kind[0] != "f":
             return self._plain(_COMPARE[{"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.get(compare, compare)])
         unordered, function = len(compare) == 3, _COMPARE[compare[:2]]
@@ -326,7 +314,7 @@ class _Decoder:
 
     def do_atom(self) -> Step | None:
         space = self._space()
-        if space is None or "add" not in self.parts:
+        if space is None:
             return None
         form = np.dtype(FORMS[self.kind])
         where, what = self.operands[-2:]
@@ -413,14 +401,10 @@ class _Decoder:
 
         return both
 
-    def do_redux(self) -> Step | None:
-        if "add" not in self.parts:
-            return None
+    def do_redux(self) -> Step:
         return self._by_warp(lambda a: a.sum(1, dtype=np.uint32)[:, None], ["u32"], self.operands[0])
 
-    def do_vote(self) -> Step | None:
-        if "ballot" not in self.parts:
-            return None
+    def do_vote(self) -> Step:
         bit = np.uint32(1) << np.arange(WARP, dtype=np.uint32)
         return self._by_warp(lambda p: (p * bit).sum(1, dtype=np.uint32)[:, None], ["pred"], self.operands[0])
 

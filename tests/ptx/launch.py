@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from triton.runtime import driver
@@ -29,7 +28,7 @@ observers: list[Callable[[str, Memory], None]] = []
 """Called after each launch with the kernel's name and its memory."""
 
 _NUMBERS: dict[str, Any] = {
-    "fp32": np.float32, "fp64": np.float64, "u1": np.uint8, "i32": np.int32, "i64": np.int64, "u64": np.uint64,
+    "fp32": np.float32, "fp64": np.float64, "u1": np.uint8, "i32": np.int32, "i64": np.int64,
 }  # fmt: skip
 _programs: dict[str, tuple[Program, list[Step]]] = {}
 
@@ -89,7 +88,7 @@ def _last(tensor: Tensor) -> int:
 def _buffers(values: Any) -> list[tuple[int, NDArray[np.uint8]]]:
     """Memory of the tensors; those that overlap are one. That a kernel leaves one for a neighbour is not noticed."""
     spans: list[list[int]] = []
-    tensors = (value for value in values if isinstance(value, torch.Tensor) and value.numel())
+    tensors = (value for value in values if isinstance(value, Tensor) and value.numel())
     for begin, end in sorted((t.data_ptr(), t.data_ptr() + t.itemsize * (1 + _last(t))) for t in tensors):
         if spans and begin < spans[-1][1]:
             spans[-1][1] = max(end, spans[-1][1])

@@ -49,7 +49,6 @@ class Machine:
         number = (self.everyone // program.threads).astype(np.uint32)
         self.registers: dict[str, Array] = {
             "%tid.x": thread,
-            "%laneid": thread % np.uint32(WARP),
             "%ctaid.x": number % np.uint32(grid[0]),
             "%ctaid.y": number // np.uint32(grid[0]) % np.uint32(grid[1]),
             "%ctaid.z": number // np.uint32(grid[0] * grid[1]),
