@@ -108,6 +108,8 @@ class _Decoder:
     def _put(self, operand: Operand) -> Callable[[Machine, Array, Ints], None]:
         """Values of another size than the register's are cut, or extended by their sign if they have one."""
         assert isinstance(operand, str)
+        if operand == "_":  # a half of a pair that is not wanted
+            return lambda machine, value, who: None
         form = np.dtype(self._form(operand))
 
         def put(machine: Machine, value: Array, who: Ints) -> None:
