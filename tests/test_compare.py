@@ -102,12 +102,13 @@ def test_finished_cells_are_not_run_again(
     assert len(results) == 2 and not interrupted.exists()
     assert json.loads((output / "report" / "results.json").read_text())["summary"][0]["seeds"] == [0]
     times = [path.stat().st_mtime_ns for path in results]
-    results[0].unlink()
-    results[0].parent.rename(tmp_path / "lost")
-    assert cli.main(run) == 0
+    results[1].parent.rename(tmp_path / "lost")
+    assert cli.main([*run, "--methods", "seqlora,kif:no-share,seqlora:lr=1e-2"]) == 0
     again = [path.stat().st_mtime_ns for path in results]
-    assert again[1:] == times[1:] and again[0] > times[0]
-    capsys.readouterr()
+    assert again[0] == times[0] and again[1] > times[1]
+    # rows of a sweep are told apart
+    table = capsys.readouterr().out
+    assert "seqlora (lr=0.0003) " in table and "seqlora (lr=0.01) " in table and "settings" not in table
     assert cli.main([*run, "--lr", "1e-2"]) == 2
     assert "was run with lr=0.0003, now it is 0.01" in capsys.readouterr().err
 
@@ -184,12 +185,3 @@ def test_options_that_every_run_replaces_are_refused(
     assert cli.main(arguments(tmp_path, tmp_path, tmp_path / "out", "--methods", "seqlora", *option)) == 2
     assert f"give it {name}s and no {name}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_rows_of_a_sweep_are_told_apart(
-    written: Path, tiny_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sweep = ["--methods", "seqlora:lr=1e-3,seqlora:lr=1e-2"]
-    assert cli.main(arguments(written, tiny_models["bert"], tmp_path / "out", *sweep)) == 0
-    table = capsys.readouterr().out
-    assert "seqlora (lr=0.001) " in table and "seqlora (lr=0.01) " in table and "settings" not in table

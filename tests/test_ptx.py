@@ -218,6 +218,23 @@ def test_atomics_go_together() -> None:
 WRITE_AND_READ = "st.shared.b32 [%r3], %r0;\n xor.b32 %r3, %r3, 128;\n ld.shared.b32 %r4, [%r3];"
 
 
+FIRST_FOUR = "setp.lt.u32 %p1, %r0, 4;\n @%p1 mov.b32 %r3, %r0;\n"
+"""A register that the others do not write."""
+
+
+def test_what_was_not_written_may_be_computed_with() -> None:
+    """As triton 3.6 adds up the sums of four warps; half of a pair may be filled up with nothing."""
+    body = """
+    shfl.sync.bfly.b32 %r4, %r3, 2, 31, -1;
+    add.s32 %r3, %r3, %r4;
+    shfl.sync.bfly.b32 %r4, %r3, 1, 31, -1;
+    add.s32 %r3, %r3, %r4;
+    mov.b64 %rd2, {%r3, %r7};
+    mov.b64 {%r5, _}, %rd2;
+    @%p1 st.global.b32 [%rd1], %r5;"""
+    assert run(FIRST_FOUR + body).tolist() == [6] * 4 + [0] * 60
+
+
 @pytest.mark.parametrize(
     ("body", "fault", "settings"),
     [
@@ -255,6 +272,13 @@ WRITE_AND_READ = "st.shared.b32 [%r3], %r0;\n xor.b32 %r3, %r3, 128;\n ld.shared
         ("ld.volatile.global.b32 %r3, [%rd1];", "not known: ld.volatile", {}),
         ("cvt.rzi.s32.f32 %r3, %r0;", "not known: cvt.rzi", {}),
         ("atom.global.add.u32 %r3, [%rd0], 1;\n st.global.b32 [%rd1], %r3;", "%r3 is read before", {}),
+        (FIRST_FOUR + "shfl.sync.bfly.b32 %r4, %r3, 4, 31, -1;\n @%p1 st.global.b32 [%rd1], %r4;",
+         "%r4 is read before", {}),
+        (FIRST_FOUR + "add.s32 %r4, %r3, %r2;\n st.global.b32 [%rd1], %r4;", "%r4 is read before", {}),
+        (FIRST_FOUR + "setp.eq.s32 %p2, %r3, 0;\n @%p2 bra $end;\n $end:", "%p2 is read before", {}),
+        (FIRST_FOUR + "mov.b64 %rd2, {%r0, %r3};\n mov.b64 {_, %r4}, %rd2;\n st.global.b32 [%rd1], %r4;",
+         "%r4 is read before", {}),
+        (FIRST_FOUR + "vote.sync.ballot.b32 %r4, %p3, -1;", "%p3 is read before", {}),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("order", [None, 3])

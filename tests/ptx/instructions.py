@@ -10,9 +10,9 @@ import numpy as np
 
 from . import arithmetic
 from .arithmetic import Array
-from .machine import FORMS, Machine
+from .machine import Machine
 from .memory import ATOMIC, READ, WARP, WRITE, Ints
-from .program import Fault, Instruction, Operand, Program
+from .program import FORMS, Fault, Instruction, Operand, Program
 
 Step = Callable[[Machine, Ints], "int | None"]
 Get = Callable[[Machine, Ints], Array]
@@ -85,22 +85,20 @@ class _Decoder:
 
     # operands
 
-    def _form(self, register: str) -> Any:
-        declared = self.program.registers
-        return FORMS[declared[register] if register in declared else declared[register.rstrip("0123456789")]]
-
-    def _get(self, operand: Operand, kind: str) -> Get:
+    def _get(self, operand: Operand, kind: str, checked: bool = True) -> Get:
+        """`checked`: where it was not written is a fault, else the caller's concern."""
         assert isinstance(operand, str)
         form = np.dtype(FORMS[kind])
         if not operand.startswith("%"):
             value = _number(operand, form)
             return lambda machine, who: value
+        read = Machine.read if checked else Machine.peek
         if form == np.bool_:
-            return lambda machine, who: machine.read(operand, who)
+            return lambda machine, who: read(machine, operand, who)
         unsigned = np.dtype(f"u{form.itemsize}")
 
         def get(machine: Machine, who: Ints) -> Array:
-            value = machine.read(operand, who)
+            value = read(machine, operand, who)
             return (value if value.itemsize == form.itemsize else value.astype(unsigned)).view(form)
 
         return get
@@ -110,7 +108,7 @@ class _Decoder:
         assert isinstance(operand, str)
         if operand == "_":  # a half of a pair that is not wanted
             return lambda machine, value, who: None
-        form = np.dtype(self._form(operand))
+        form = np.dtype(self.program.form(operand))
 
         def put(machine: Machine, value: Array, who: Ints) -> None:
             if value.itemsize != form.itemsize:
@@ -122,7 +120,7 @@ class _Decoder:
     def _plain(self, function: Callable[..., Array], kinds: list[str] | None = None) -> Step:
         """First operand = function of the others, which are of the instruction's type or of `kinds`."""
         kinds = kinds or [self.kind] * (len(self.operands) - 1)
-        gets = [self._get(operand, kind) for operand, kind in zip(self.operands[1:], kinds, strict=True)]
+        gets = [self._get(operand, kind, False) for operand, kind in zip(self.operands[1:], kinds, strict=True)]
         put = self._put(self.operands[0])
         flush = "ftz" in self.parts
 
@@ -133,7 +131,26 @@ class _Decoder:
             value = np.asarray(function(*values))
             put(machine, arithmetic.flushed(value) if flush and value.dtype.kind == "f" else value, who)
 
-        return step
+        return self._passed_on(step)
+
+    def _passed_on(self, step: Callable[[Machine, Ints], None]) -> Step:
+        """What was not written makes results that count as not written: it is a fault where it has an effect."""
+        targets, *sources = ([names] if isinstance(names, str) else names for names in self.operands)
+        # a half that nothing ever writes fills up a pair
+        registers = [
+            name
+            for names in sources
+            for name in names
+            if name.startswith("%") and (len(names) == 1 or name in self.program.written)
+        ]
+
+        def passed_on(machine: Machine, who: Ints) -> None:
+            unknown = who[machine.unknown(registers, who)]
+            step(machine, who)
+            for name in targets:
+                machine.forget(name, unknown)
+
+        return passed_on
 
     # numbers
 
@@ -235,21 +252,21 @@ class _Decoder:
             return self._plain(lambda a: a)
         part = {"b32": "b16", "b64": "b32"}[self.kind]
         if isinstance(source, list):
-            gets, put = [self._get(operand, part) for operand in source], self._put(to)
+            gets, put = [self._get(operand, part, False) for operand in source], self._put(to)
 
             def pack(machine: Machine, who: Ints) -> None:
                 values = [np.broadcast_to(get(machine, who), who.shape) for get in gets]
                 put(machine, np.stack(values, 1).view(FORMS[self.kind]).ravel(), who)
 
-            return pack
-        get, puts = self._get(source, self.kind), [self._put(operand) for operand in to]
+            return self._passed_on(pack)
+        get, puts = self._get(source, self.kind, False), [self._put(operand) for operand in to]
 
         def unpack(machine: Machine, who: Ints) -> None:
             values = np.array(np.broadcast_to(get(machine, who), who.shape)).view(FORMS[part]).reshape(len(who), -1)
             for put, value in zip(puts, values.T, strict=True):
                 put(machine, value, who)
 
-        return unpack
+        return self._passed_on(unpack)
 
     # memory
 
@@ -359,9 +376,10 @@ class _Decoder:
 
         return step
 
-    def _by_warp(self, function: Callable[..., Array], kinds: list[str], to: Operand) -> Step:
-        """`function` gets (warps, 32) of each operand."""
-        gets = [self._get(operand, kind) for operand, kind in zip(self.operands[1:-1], kinds, strict=True)]
+    def _by_warp(self, function: Callable[..., Array], kinds: list[str], to: Operand, checked: bool = True) -> Step:
+        """`function` gets (warps, 32) of each operand; `checked`: the first, as the others are."""
+        operands = zip(self.operands[1:-1], kinds, (checked, True, True), strict=False)
+        gets = [self._get(*given) for given in operands]
         mask, put = self._get(self.operands[-1], "u32"), self._put(to)
 
         def step(machine: Machine, who: Ints) -> None:
@@ -392,16 +410,25 @@ class _Decoder:
         def taken(value: Array, b: Array, c: Array) -> Array:
             return np.take_along_axis(value, source(b, c)[0], 1)
 
-        step = self._by_warp(taken, ["b32", "u32", "u32"], to)
-        if not valid:
-            return step
-        flag = self._by_warp(lambda value, b, c: source(b, c)[1], ["b32", "u32", "u32"], valid)
+        kinds = ["b32", "u32", "u32"]
+        step = self._by_warp(taken, kinds, to, checked=False)
+        flag = self._by_warp(lambda value, b, c: source(b, c)[1], kinds, valid, checked=False) if valid else None
+        value, *lanes = self.operands[1:4]
+        assert isinstance(value, str)
+        gets = [self._get(operand, "u32") for operand in lanes]
 
-        def both(machine: Machine, who: Ints) -> None:
-            flag(machine, who)
+        def shuffle(machine: Machine, who: Ints) -> None:
+            unknown = machine.unknown([value], who)
+            if unknown.any():
+                _whole_warps(machine, who)
+                b, c = (np.broadcast_to(get(machine, who), who.shape).reshape(-1, WARP) for get in gets)
+                unknown = taken(unknown.reshape(-1, WARP), b, c).ravel()
+            if flag is not None:
+                flag(machine, who)
             step(machine, who)
+            machine.forget(to, who[unknown])
 
-        return both
+        return shuffle
 
     def do_redux(self) -> Step:
         return self._by_warp(lambda a: a.sum(1, dtype=np.uint32)[:, None], ["u32"], self.operands[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,8 @@ from .arithmetic import Array
 from .memory import WARP, Ints, Memory
 from .program import Fault, Program
 
-FORMS: dict[str, Any] = {
-    "b8": np.uint8, "u8": np.uint8, "s8": np.int8, "b16": np.uint16, "u16": np.uint16, "s16": np.int16,
-    "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "b64": np.uint64, "u64": np.uint64, "s64": np.int64,
-    "f16": np.float16, "bf16": np.uint16, "f32": np.float32, "f64": np.float64, "pred": np.bool_,
-}  # fmt: skip
-"""How the bits of a register are read as each type; bfloat16 stays bits."""
-
+TOGETHER = ("shfl", "redux", "vote")
+"""Instructions that all threads of a warp make at once."""
 
 LIMIT = 10**6
 """Instructions of a launch; a kernel that is not done then has no end."""
@@ -66,15 +62,30 @@ class Machine:
         """How many barriers the programs of these threads have passed."""
         return self.epoch[who // self.program.threads]
 
-    def read(self, register: str, who: Ints) -> Array:
-        try:
-            value = self.registers[register]
-        except KeyError:
-            raise Fault(f"{register} is read before it is written") from None
-        defined = self.defined.get(register)
-        if defined is not None and not defined[who].all():
-            raise Fault(f"{register} is read before it is written")
+    def peek(self, register: str, who: Ints) -> Array:
+        """What a register holds, also where it was not written: a compiler may compute with what it does not use."""
+        if register not in self.registers:
+            self.registers[register] = self._garbage(self.program.form(register))
+            self.defined[register] = np.zeros(len(self.everyone), bool)
+        value = self.registers[register]
         return value if len(who) == len(self.everyone) else value[who]
+
+    def read(self, register: str, who: Ints) -> Array:
+        """A register on which an effect depends."""
+        value = self.peek(register, who)
+        if self.unknown([register], who).any():
+            raise Fault(f"{register} is read before it is written")
+        return value
+
+    def unknown(self, registers: list[str], who: Ints) -> NDArray[np.bool_]:
+        """Which of these threads have not written one of the registers."""
+        found = np.zeros(len(who), bool)
+        for register in registers:
+            if register in self.defined:
+                found |= ~self.defined[register][who]
+            elif register not in self.registers:
+                found[:] = True
+        return found
 
     def write(self, register: str, value: Array, who: Ints, form: Any) -> None:
         """`value` has the register's size. Registers may share an array, which is never changed."""
@@ -83,7 +94,7 @@ class Machine:
         value = value.view(form)
         if len(who) < len(self.everyone):
             old = self.registers.get(register)
-            whole = np.zeros(len(self.everyone), form) if old is None else old.copy()
+            whole = self._garbage(form) if old is None else old.copy()
             whole[who] = value
             value = whole
             if old is None:
@@ -94,9 +105,13 @@ class Machine:
             self.defined.pop(register, None)
         self.registers[register] = value
 
+    def _garbage(self, form: Any) -> Array:
+        size = np.dtype(form).itemsize
+        return np.full(len(self.everyone) * size, 1 if form == np.bool_ else 0xA5, np.uint8).view(form)
+
     def forget(self, register: str, who: Ints) -> None:
         """What these threads have in a register is not known any more."""
-        if register in self.registers:
+        if len(who) and register in self.registers:
             self.defined.setdefault(register, np.ones(len(self.everyone), bool))[who] = False
 
     def run(self, steps: list[Any]) -> None:
@@ -120,31 +135,35 @@ class Machine:
                 if (self.gone | self.waiting).all():
                     raise Fault("a barrier that not all threads of a program reach")
                 continue
-            low, who = self._behind(able)
-            made = self._straight(steps, low, who, len(able), stretch)
+            low, who, ahead = self._behind(able)
+            made = self._straight(steps, low, who, ahead, stretch)
             stretch, left = stretch - made, left - made
             if left < 0:
                 raise Fault("no end")
             self._open_barriers()
 
-    def _behind(self, able: Ints) -> tuple[int, Ints]:
-        """Those that are behind go first, so that ways that part come together again; a warp waits for its threads."""
+    def _behind(self, able: Ints) -> tuple[int, Ints, int | None]:
+        """Those that are behind go first, so that ways that part come together again; a warp waits for its threads.
+
+        Returns where they are, who, and the next place where others are; None: there are no others.
+        """
         places = self.at[able]
-        for low in np.unique(places).tolist():
+        distinct = [*np.unique(places).tolist(), len(self.program.code)]
+        for low, ahead in pairwise(distinct):
             who = able[places == low]
-            if self.program.code[low].parts[0] in ("shfl", "redux", "vote"):
+            if self.program.code[low].parts[0] in TOGETHER:
                 who = who[np.bincount(self.warp[who])[self.warp[who]] == WARP]
             if len(who):
-                return low, who
-        return low, able[places == low]
+                return low, who, ahead if len(who) < len(able) else None
+        return low, able[places == low], ahead
 
     def _some_warps(self) -> Ints:
         assert self.random is not None
         warps = self.random.random(len(self.everyone) // WARP) < self.random.choice([0.1, 0.5, 0.9])
         return self.everyone[np.repeat(warps, WARP)]
 
-    def _straight(self, steps: list[Any], at: int, who: Ints, able: int, stretch: int) -> int:
-        """From one instruction to the next that parts threads, for those that are there. Returns how many."""
+    def _straight(self, steps: list[Any], at: int, who: Ints, ahead: int | None, stretch: int) -> int:
+        """From one instruction to the next that parts threads or has others waiting. Returns how many were made."""
         made = 0
         while True:
             instruction = self.program.code[at]
@@ -157,7 +176,9 @@ class Machine:
             except Fault as fault:
                 raise Fault(f"{fault}: {instruction.text}") from None
             made, at = made + 1, at + 1
-            stops = target is not None or instruction.parts[0] in ("bar", "ret") or len(who) < able
+            stops = target is not None or instruction.parts[0] in ("bar", "ret")
+            if ahead is not None:
+                stops = stops or at >= ahead or self.program.code[at].parts[0] in TOGETHER
             if stops or (self.random is not None and made >= stretch):
                 self.at[who] = at
                 if target is not None:

@@ -4,6 +4,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+FORMS: dict[str, Any] = {
+    "b8": np.uint8, "u8": np.uint8, "s8": np.int8, "b16": np.uint16, "u16": np.uint16, "s16": np.int16,
+    "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "b64": np.uint64, "u64": np.uint64, "s64": np.int64,
+    "f16": np.float16, "bf16": np.uint16, "f32": np.float32, "f64": np.float64, "pred": np.bool_,
+}  # fmt: skip
+"""How the bits of a register are read as each type; bfloat16 stays bits."""
 
 Operand = str | list[str]
 """A register, number, symbol or address; a list for a vector in braces."""
@@ -32,6 +43,17 @@ class Program:
     code: list[Instruction]
     labels: dict[str, int]
     threads: int
+
+    @cached_property
+    def written(self) -> set[str]:
+        """Registers that an instruction writes, and some that it only reads."""
+        first = (instruction.operands[0] for instruction in self.code if instruction.operands)
+        return {name for names in first for name in ([names] if isinstance(names, str) else names)}
+
+    def form(self, register: str) -> Any:
+        """Raises: KeyError when it is not declared."""
+        kinds = self.registers
+        return FORMS[kinds[register] if register in kinds else kinds[register.rstrip("0123456789")]]
 
 
 def parse(ptx: str) -> Program:
