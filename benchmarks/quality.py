@@ -40,8 +40,18 @@ SHORT_LFPT5 = LFPT5Config(prompt_length=32, lm_length=64, pseudo_candidates=16)
 
 _M4 = {"outer_steps": 4}
 
+RATES = {
+    "LoRAReplay": (2e-3, 4e-3),
+    "control M=4 (no masks)": (1e-3, 2e-3, 4e-3),
+    "Recurrent-KIF paper M=1": (4e-3,),
+    "Recurrent-KIF paper M=4": (1e-3, 2e-3, 4e-3, 8e-3),
+    "Recurrent-KIF released-code": (2e-3, 4e-3),
+}
+"""Learning rates that were tried, on rows held out of train."""
+
 TABLES: dict[str, dict[str, dict[str, Any]]] = {
     "quality": VARIANTS,
+    "rates": {f"{row}, {lr:g}": {**VARIANTS[row], "lr": lr} for row, rates in RATES.items() for lr in rates},
     "table1": {
         "SeqLoRA": {"method": "seqlora"},
         "IncLoRA": {"method": "inclora"},
@@ -72,7 +82,7 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {
         "no EMA": {"kif": KIFConfig.preset("no-ema", **_M4)},
     },
 }
-"""Tables by name: the README's, and those of the paper."""
+"""Tables by name: the README's two, and those of the paper."""
 
 PROBES: dict[str, dict[str, Any]] = {
     "M=4, density 50%": {"kif": KIFConfig(outer_steps=4, density=0.5)},

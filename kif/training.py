@@ -93,6 +93,7 @@ class Training:
             for row in self.scored:
                 if row <= last:
                     self.accuracy[row][last] = self._score(row, last)
+            self._log_stage(last)
         return self._results()
 
     def save_adapter(self, folder: Path) -> None:
@@ -231,9 +232,18 @@ class Training:
         now = self.method.stopwatch.seconds()
         return {name: self.stopwatch.get(name, 0.0) + now.get(name, 0.0) for name in {**self.stopwatch, **now}}
 
+    def _log_stage(self, last: int) -> None:
+        """What OP and BWT would be if task `last` were the last one."""
+        found = _op_and_bwt(self._accuracy([row for row in self.scored if row <= last]))
+        self.log({"event": "stage", "after": last, **found})
+        self.bar.say(", ".join(f"{name.upper()} {value:.1f}" for name, value in found.items() if value is not None))
+
+    def _accuracy(self, rows: list[int]) -> list[list[float | None]]:
+        return [[self.accuracy[row][column] for column in rows] for row in rows]
+
     def _results(self) -> dict[str, Any]:
         config, scored = self.config, self.scored
-        accuracy = [[self.accuracy[row][column] for column in scored] for row in scored]
+        accuracy = self._accuracy(scored)
         # of the tasks that are scored none is missing
         zero_shot = [z for row in scored if (z := self.zero_shot[row]) is not None] if self.zero_shot else None
         return {
@@ -242,9 +252,7 @@ class Training:
             "model": model_name(config.model),
             "tasks": [self.names[row] for row in scored],
             "accuracy": accuracy,
-            "op": metrics.overall_performance(accuracy),
-            # of a continued run some of what these need may not have been measured
-            "bwt": metrics.backward_transfer(accuracy) if _measured(accuracy, 0) else None,
+            **_op_and_bwt(accuracy),
             "fwt": metrics.forward_transfer(accuracy, zero_shot) if zero_shot and _measured(accuracy, 1) else None,
             "zero_shot": zero_shot,
             "seconds": self._elapsed(),
@@ -259,8 +267,16 @@ class Training:
         }
 
 
+def _op_and_bwt(accuracy: metrics.AccuracyMatrix) -> dict[str, float | None]:
+    bwt = metrics.backward_transfer(accuracy) if _measured(accuracy, 0) else None
+    return {"op": metrics.overall_performance(accuracy), "bwt": bwt}
+
+
 def _measured(accuracy: metrics.AccuracyMatrix, ahead: int) -> bool:
-    """Whether every task but the first or last was scored right after its training or, with `ahead` 1, before it."""
+    """Whether every task but the first or last was scored right after its training or, with `ahead` 1, before it.
+
+    In a continued run not every one need have been.
+    """
     return all(accuracy[i + ahead][i] is not None for i in range(len(accuracy) - 1))
 
 

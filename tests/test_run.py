@@ -50,6 +50,12 @@ def test_run_folder_and_matrix(
     assert results["steps"]["outer"] == {"recurrent-kif": 6, "vr-mcl": 4}.get(method, 0)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert sum(record.get("event") == "score" for record in records) == (3 if method == "mtl" else 6)
+    stages = [record for record in records if record.get("event") == "stage"]
+    assert stages[-1] == records[-1] == {"event": "stage", "after": 2, "op": results["op"], "bwt": results["bwt"]}
+    if method != "mtl":
+        assert stages[0] == {"event": "stage", "after": 0, "op": a[0][0], "bwt": None}
+        assert stages[1]["op"] == pytest.approx((a[0][1] + a[1][1]) / 2)
+        assert stages[1]["bwt"] == pytest.approx(a[0][1] - a[0][0])
     assert json.loads((run / "environment.json").read_text())["seed"] == 0
     assert load_config(run / "config.yaml").method == method
     last = run / "checkpoints" / "task-03-moods" / "adapter_model.safetensors"
