@@ -1,4 +1,4 @@
-"""The tests of the kernels on what these compile to: PTX for an H100 or H200 (`tests/ptx`)."""
+"""Half of the kernels' and the engine's tests on what these compile to: PTX for an H100 or H200 (`tests/ptx`)."""
 
 from __future__ import annotations
 

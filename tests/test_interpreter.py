@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU, and the engine on them: a process of its own, as Triton decides when imported."""
+"""A third of the kernels' and the engine's tests in Triton's interpreter, which is chosen when Triton is imported."""
 
 from __future__ import annotations
 
