@@ -137,12 +137,7 @@ class _Decoder:
         """What was not written makes results that count as not written: it is a fault where it has an effect."""
         targets, *sources = ([names] if isinstance(names, str) else names for names in self.operands)
         # a half that nothing ever writes fills up a pair
-        registers = [
-            name
-            for names in sources
-            for name in names
-            if name.startswith("%") and (len(names) == 1 or name in self.program.written)
-        ]
+        registers = [name for names in sources for name in names if len(names) == 1 or name in self.program.written]
 
         def passed_on(machine: Machine, who: Ints) -> None:
             unknown = who[machine.unknown(registers, who)]
@@ -376,19 +371,27 @@ class _Decoder:
 
         return step
 
-    def _by_warp(self, function: Callable[..., Array], kinds: list[str], to: Operand, checked: bool = True) -> Step:
-        """`function` gets (warps, 32) of each operand; `checked`: the first, as the others are."""
-        operands = zip(self.operands[1:-1], kinds, (checked, True, True), strict=False)
+    def _warps(self, kinds: list[str], checked: bool = True) -> Callable[[Machine, Ints], list[Array]]:
+        """All operands between the first and the mask, as (warps, 32); `checked`: the first of them, as the others."""
+        operands = zip(self.operands[1:-1], kinds, [checked] + [True] * (len(kinds) - 1), strict=True)
         gets = [self._get(*given) for given in operands]
-        mask, put = self._get(self.operands[-1], "u32"), self._put(to)
+        mask = self._get(self.operands[-1], "u32")
 
-        def step(machine: Machine, who: Ints) -> None:
+        def get(machine: Machine, who: Ints) -> list[Array]:
             _whole_warps(machine, who)
             if (mask(machine, who) != 0xFFFFFFFF).any():
                 raise Fault("a mask of parts of warps")
-            values = [np.broadcast_to(get(machine, who), who.shape).reshape(-1, WARP) for get in gets]
-            found = np.asarray(function(*values))
-            put(machine, np.broadcast_to(found, (len(who) // WARP, WARP)).ravel(), who)
+            return [np.broadcast_to(get(machine, who), who.shape).reshape(-1, WARP) for get in gets]
+
+        return get
+
+    def _by_warp(self, function: Callable[[Array], Array], kind: str) -> Step:
+        """One value for all threads of a warp, of what they have."""
+        get, put = self._warps([kind]), self._put(self.operands[0])
+
+        def step(machine: Machine, who: Ints) -> None:
+            (values,) = get(machine, who)
+            put(machine, np.repeat(function(values), WARP), who)
 
         return step
 
@@ -407,35 +410,27 @@ class _Decoder:
             inside = at >= bound if mode == "up" else at <= bound
             return np.where(inside, at, lane), inside
 
-        def taken(value: Array, b: Array, c: Array) -> Array:
-            return np.take_along_axis(value, source(b, c)[0], 1)
-
-        kinds = ["b32", "u32", "u32"]
-        step = self._by_warp(taken, kinds, to, checked=False)
-        flag = self._by_warp(lambda value, b, c: source(b, c)[1], kinds, valid, checked=False) if valid else None
-        value, *lanes = self.operands[1:4]
+        value = self.operands[1]
         assert isinstance(value, str)
-        gets = [self._get(operand, "u32") for operand in lanes]
+        get, put = self._warps(["b32", "u32", "u32"], checked=False), self._put(to)
+        put_valid = self._put(valid or "_")
 
         def shuffle(machine: Machine, who: Ints) -> None:
-            unknown = machine.unknown([value], who)
-            if unknown.any():
-                _whole_warps(machine, who)
-                b, c = (np.broadcast_to(get(machine, who), who.shape).reshape(-1, WARP) for get in gets)
-                unknown = taken(unknown.reshape(-1, WARP), b, c).ravel()
-            if flag is not None:
-                flag(machine, who)
-            step(machine, who)
-            machine.forget(to, who[unknown])
+            values, b, c = get(machine, who)
+            lane, inside = source(b, c)
+            unknown = machine.unknown([value], who).reshape(-1, WARP)
+            put_valid(machine, inside.ravel(), who)
+            put(machine, np.take_along_axis(values, lane, 1).ravel(), who)
+            machine.forget(to, who[np.take_along_axis(unknown, lane, 1).ravel()])
 
         return shuffle
 
     def do_redux(self) -> Step:
-        return self._by_warp(lambda a: a.sum(1, dtype=np.uint32)[:, None], ["u32"], self.operands[0])
+        return self._by_warp(lambda a: a.sum(1, dtype=np.uint32), "u32")
 
     def do_vote(self) -> Step:
         bit = np.uint32(1) << np.arange(WARP, dtype=np.uint32)
-        return self._by_warp(lambda p: (p * bit).sum(1, dtype=np.uint32)[:, None], ["pred"], self.operands[0])
+        return self._by_warp(lambda p: (p * bit).sum(1, dtype=np.uint32), "pred")
 
 
 def _whole_warps(machine: Machine, who: Ints) -> None:

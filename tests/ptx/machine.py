@@ -78,12 +78,12 @@ class Machine:
         return value
 
     def unknown(self, registers: list[str], who: Ints) -> NDArray[np.bool_]:
-        """Which of these threads have not written one of the registers."""
+        """Which of these threads have not written one of the registers; numbers among them are known."""
         found = np.zeros(len(who), bool)
         for register in registers:
             if register in self.defined:
                 found |= ~self.defined[register][who]
-            elif register not in self.registers:
+            elif register.startswith("%") and register not in self.registers:
                 found[:] = True
         return found
 
