@@ -2,18 +2,16 @@
 
 Triton decides when it is imported, so `tests/test_interpreter.py` starts a process with KIF_BACKEND=interpret and
 TRITON_INTERPRET=1. With KIF_PTX=80 or 90 what is compiled for that architecture runs in `tests/ptx`, with KIF_PTX_ORDER
-a seed for the order of warps. KIF_CASES=1/3 takes the first third of each test's cases, in an order that has
-nothing to do with what their parameters are.
+a seed for the order of warps. KIF_CASES=1/3 takes a third of each test's cases (`part_of`).
 """
 
 from __future__ import annotations
 
 import os
-from collections import defaultdict
-from zlib import crc32
 
 import pytest
 import torch
+from kernel_process import part_of
 
 INTERPRETED = os.environ.get("KIF_BACKEND") == "interpret" and os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = not INTERPRETED and bool(os.environ.get("KIF_PTX"))
@@ -45,14 +43,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    part, _, parts = os.environ.get("KIF_CASES", "1/1").partition("/")
-    cases = defaultdict[str, list[pytest.Item]](list)
-    for item in sorted(items, key=lambda item: crc32(item.nodeid.encode())):
-        cases[item.nodeid.partition("[")[0]].append(item)
-    # at least one of each
-    taken = {item for test in cases.values() for item in test[(int(part) - 1) % len(test) :: int(parts)]}
-    config.hook.pytest_deselected(items=[item for item in items if item not in taken])
-    items[:] = [item for item in items if item in taken]
+    chosen = part_of([item.nodeid for item in items], os.environ.get("KIF_CASES") or "1/1")
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in chosen])
+    items[:] = [item for item in items if item.nodeid in chosen]
     for item in items:
         if not ON_CUDA and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=NO_GPU))
