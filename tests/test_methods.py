@@ -279,7 +279,7 @@ def test_migu_limits(tiny_models: dict[str, Path]) -> None:
 
 
 def test_vrmcl_round_is_its_equation(tiny_models: dict[str, Path]) -> None:
-    options = VRMCLConfig(inner_lr=0.05, inner_lr_lr=0.5, momentum=0.3, outer_lr=0.2, inner_steps=2)
+    options = VRMCLConfig(inner_lr=0.02, inner_lr_lr=0.1, momentum=0.3, outer_lr=0.05, inner_steps=2)
     method, rows = start(tiny_models, "vr-mcl", vrmcl=options, max_grad_norm=0.0, steps_per_task=None, epochs=1)
     lm, arena = method.lm, method.arena
     lm.model.eval()  # the base model has dropout
@@ -300,7 +300,7 @@ def test_vrmcl_round_is_its_equation(tiny_models: dict[str, Path]) -> None:
         (loss / count).backward()
 
     method.begin_task(1, rows[1])
-    theta, alpha = arena.data.clone(), torch.full_like(arena.data, 0.05)
+    theta, alpha = arena.data.clone(), torch.full_like(arena.data, options.inner_lr)
     last_d = last_w = None
     news = [[rows[0][:2], rows[0][2:4]], [rows[0][4:6], rows[0][6:8]], [rows[0][8:10], rows[0][10:12]]]
     for number, (a, b) in enumerate(news):
@@ -316,9 +316,9 @@ def test_vrmcl_round_is_its_equation(tiny_models: dict[str, Path]) -> None:
         w = theta - alpha * (first + second)
         d = 0.5 * (gradient(w, b) + gradient(w, memory))
         if last_d is not None:
-            d = d + 0.3 * (last_d - 0.5 * (gradient(last_w, b) + gradient(last_w, memory)))
-        alpha = (alpha + 0.5 * d * (first + second)).clamp(min=0.0)
-        theta, last_d, last_w = theta - 0.2 * d, d, w
+            d = d + options.momentum * (last_d - 0.5 * (gradient(last_w, b) + gradient(last_w, memory)))
+        alpha = (alpha + options.inner_lr_lr * d * (first + second)).clamp(min=0.0)
+        theta, last_d, last_w = theta - options.outer_lr * d, d, w
         torch.testing.assert_close(arena.data, theta, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(arena.buffer("inner_rates"), alpha, rtol=1e-4, atol=1e-5)
 

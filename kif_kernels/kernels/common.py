@@ -1,5 +1,6 @@
 """Device functions that several kernels share."""
 
+import torch
 import triton
 import triton.language as tl
 
@@ -12,6 +13,32 @@ BINS: tl.constexpr = tl.constexpr(layout.BINS)
 def blocks_of(n, BLOCK: tl.constexpr):
     """How many blocks hold n >= 1 elements; unlike those of tl.cdiv, its int32 sums hold up to n = 2**31 - 1."""
     return (n - 1) // BLOCK + 1
+
+
+_FLUSHING: tl.constexpr = tl.constexpr(
+    isinstance(blocks_of, triton.JITFunction)
+    and torch.version.hip is None
+    and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
+)
+"""Whether tl.div_rn and tl.sqrt_rn take denormals for 0: compiled for CUDA by triton 3.4 and 3.5."""
+
+
+@triton.jit
+def quotient(a, b):
+    """a / b of float32, rounded to nearest, denormals as they are."""
+    if _FLUSHING:
+        return tl.inline_asm_elementwise("div.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1)
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
+def square_root(a):
+    """Square root of float32, rounded to nearest, denormals as they are."""
+    if _FLUSHING:
+        return tl.inline_asm_elementwise("sqrt.rn.f32 $0, $1;", "=f,f", [a], tl.float32, True, 1)
+    else:
+        return tl.sqrt_rn(a)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
+from .common import quotient
 from .launch import BLOCK, contiguous, launch
 
 BLOCKS_PER_PROGRAM = 16
@@ -56,7 +57,7 @@ def gradient_state_kernel(
     # false for nan too
     finite = tl.abs(norm) < float("inf")
     if CLIP:
-        tl.store(scale_ptr, tl.where(finite, tl.minimum(tl.div_rn(max_norm, norm + 1e-6), 1.0), 1.0))
+        tl.store(scale_ptr, tl.where(finite, tl.minimum(quotient(max_norm, norm + 1e-6), 1.0), 1.0))
     else:
         tl.store(scale_ptr, 1.0)
     taken = tl.where(finite, 1, 0)
