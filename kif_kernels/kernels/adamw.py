@@ -99,7 +99,8 @@ def adamw_kernel(
         v_old = tl.load(exp_avg_sq_ptr + at, mask=mask, other=0.0)
         m = lerp(m_old, clipped, c1, near_new1)
         v = lerp(v_old, clipped * clipped, c2, near_new2)
-        new = w * keep - rate * quotient(m, quotient(square_root(v), root_bias2) + eps)
+        # a quotient of a root is never denormal
+        new = w * keep - rate * quotient(m, tl.div_rn(square_root(v), root_bias2) + eps)
         new = tl.where(skip, stored, new.to(weight_ptr.dtype.element_ty))
         tl.store(exp_avg_ptr + at, tl.where(skip, m_old, m), mask=mask)
         tl.store(exp_avg_sq_ptr + at, tl.where(skip, v_old, v), mask=mask)

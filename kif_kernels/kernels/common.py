@@ -23,11 +23,23 @@ _FLUSHING: tl.constexpr = tl.constexpr(
 """Whether tl.div_rn and tl.sqrt_rn take denormals for 0: compiled for CUDA by triton 3.4 and 3.5."""
 
 
+@tl.core.extern
+def _llvm_quotient(a, b, _semantic=None):
+    symbols = {(tl.float32, tl.float32): ("llvm.nvvm.div.rn.f", tl.float32)}
+    return tl.core.extern_elementwise("", "", [a, b], symbols, is_pure=True, _semantic=_semantic)
+
+
+@tl.core.extern
+def _llvm_square_root(a, _semantic=None):
+    symbols = {(tl.float32,): ("llvm.nvvm.sqrt.rn.f", tl.float32)}
+    return tl.core.extern_elementwise("", "", [a], symbols, is_pure=True, _semantic=_semantic)
+
+
 @triton.jit
 def quotient(a, b):
     """a / b of float32, rounded to nearest, denormals as they are."""
     if _FLUSHING:
-        return tl.inline_asm_elementwise("div.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1)
+        return _llvm_quotient(a, b)
     else:
         return tl.div_rn(a, b)
 
@@ -36,7 +48,7 @@ def quotient(a, b):
 def square_root(a):
     """Square root of float32, rounded to nearest, denormals as they are."""
     if _FLUSHING:
-        return tl.inline_asm_elementwise("sqrt.rn.f32 $0, $1;", "=f,f", [a], tl.float32, True, 1)
+        return _llvm_square_root(a)
     else:
         return tl.sqrt_rn(a)
 
