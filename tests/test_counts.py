@@ -65,7 +65,9 @@ def test_thresholds_of_any_kind_do_not_wait_for_the_host() -> None:
 import torch
 import kif_kernels as kk
 from benchmarks.contract.counts import Counts, counting
+from kernel_tests.interpreter import correct_interpreter
 
+correct_interpreter()
 x, density = torch.rand(96), torch.tensor(0.2)
 segments = kk.Segments.of([(0, 40), (48, 48)])
 calls = {
@@ -82,7 +84,8 @@ for name, call in calls.items():
         call()
     assert counts.kernels and not counts.syncs, (name, counts)
 """
-    environment = os.environ | check.INTERPRET | {"KIF_BACKEND": "interpret"}
+    folders = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])
+    environment = os.environ | check.INTERPRET | {"KIF_BACKEND": "interpret", "PYTHONPATH": folders}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -69,7 +69,7 @@ def permuted(a: Array, b: Array, selector: Array) -> Array:
 def quotient(a: Array, b: Array) -> Array:
     """Of integers, cut off towards 0."""
     rest = np.where(b == 0, 0, np.fmod(a, np.where(b == 0, 1, b)))
-    return np.where(b == 0, -1, (a - rest) // np.where(b == 0, 1, b)).astype(a.dtype)
+    return np.where(b == 0, ~a.dtype.type(0), (a - rest) // np.where(b == 0, 1, b)).astype(a.dtype)
 
 
 def shifted_left(a: Array, by: Array) -> Array:
