@@ -12,6 +12,9 @@ from zlib import crc32
 
 ROOT = Path(__file__).parents[1]
 
+IMPORTS = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])
+"""PYTHONPATH of processes that import what this one does, from the checkout and the tests."""
+
 
 def part_of(tests: list[str], part: str) -> set[str]:
     """Of "1/3" the first third of each test's cases, and at least one, in an order that their parameters do not set."""

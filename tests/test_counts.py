@@ -7,11 +7,11 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kernel_process import IMPORTS, ROOT
 from torch import Tensor
 
 from benchmarks.contract import check
@@ -19,7 +19,6 @@ from benchmarks.contract.counts import INNER_STEPS, SHAPES, Counts, counting, ne
 from kif.config import KIFConfig
 from kif.engine import RecurrentKIF
 
-ROOT = Path(__file__).parents[1]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 CONFIG = KIFConfig(inner_steps=2, outer_steps=1)
 
@@ -84,8 +83,7 @@ for name, call in calls.items():
         call()
     assert counts.kernels and not counts.syncs, (name, counts)
 """
-    folders = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])
-    environment = os.environ | check.INTERPRET | {"KIF_BACKEND": "interpret", "PYTHONPATH": folders}
+    environment = os.environ | check.INTERPRET | {"KIF_BACKEND": "interpret", "PYTHONPATH": IMPORTS}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import topic_task
+from tiny import topic_task, without_dropout
 
 from kif.config import KIFConfig, RunConfig, VRMCLConfig
 from kif.families import Encoded, LanguageModel
@@ -147,9 +147,7 @@ def test_every_method_learns_with_every_family(tiny_models: dict[str, Path], kin
     lm, config, rows = load(tiny_models, kind, epochs=8, method=name, kif=KIFConfig(density=0.5), vrmcl=vrmcl)
     if lm.family in METHODS[name].refused:
         pytest.skip(f"{name} refuses {lm.family} models")
-    for module in lm.model.modules():  # its noise is more than what some learn
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    without_dropout(lm.model)  # its noise is more than what some learn
     method = METHODS[name](lm, config)
     before = method.arena.data.clone()
     log = phase(lm, method, config, rows, rows[:4])

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTuner
-from tiny import build_tiny, topic_task
-from torch import Tensor, nn
+from tiny import build_tiny, topic_task, without_dropout
+from torch import Tensor
 
 from kif.config import RunConfig
 from kif.families import LanguageModel
@@ -38,9 +38,7 @@ def load(folder: Path, adapter_precision: Any, **options: Any) -> tuple[Language
 
 def gradient(lm: LanguageModel, method: Method) -> tuple[float, Tensor]:
     """Loss and gradient of the tiny models without their own dropout."""
-    for module in lm.model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    without_dropout(lm.model)
     lm.model.train()
     method.arena.zero_grad()
     loss, count = lm.loss(lm.collate(lm.encode(topic_task(), ROWS)))

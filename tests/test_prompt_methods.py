@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from method_setup import KINDS, TASKS, start, train_task
-from tiny import free_text_task
+from tiny import free_text_task, without_dropout
 from torch import Tensor
 
 from kif.config import L2PConfig, LFPT5Config, RunConfig
@@ -168,9 +168,7 @@ def test_l2p_choice_and_loss(tiny_models: dict[str, Path], kind: str) -> None:
     assert ids.size(1) > 1
 
     # training: the vote of the batch
-    for module in lm.model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    without_dropout(lm.model)
     lm.model.train()
     method.arena.zero_grad()
     loss, count = method.loss(rows)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_process import IMPORTS
 from ptx import arithmetic, machine
 from ptx.instructions import decode
 from ptx.machine import Machine
@@ -329,8 +330,8 @@ print(total.item(), dict(launched))
 )
 def test_kernels_of_triton(tmp_path: Path, end: str, shows: str) -> None:
     pytest.importorskip("triton")
-    root, script = Path(__file__).parents[1], tmp_path / "script.py"
+    script = tmp_path / "script.py"
     script.write_text(TRITON.format(end=end))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "tests"), *sys.path])}
+    environment = os.environ | {"PYTHONPATH": IMPORTS}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=120)
     assert shows in done.stdout + done.stderr

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from tokenizers.decoders import ByteLevel
-from torch import Tensor
+from torch import Tensor, nn
 
 from kif.tasks import Example, Task
 
@@ -73,6 +73,13 @@ def free_text_task() -> Task:
     )
     template = "Definition: {instruction}\n\nInput: {input}\nOutput: "
     return Task("summaries", "rougeL", None, template, examples, examples, examples)
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Turn off the dropout that a base model has of its own."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
 
 
 def rerun(run: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
