@@ -334,6 +334,8 @@ class KIFMixin:
             max_grad_norm=args.max_grad_norm,
         )
         _adapter_in_fp32(model)
+        # of a round that ended with the last task's training, after its last log
+        self._memory_loss, self._memory_steps = None, 0
         self.kif_optimizer = KIFOptimizer(
             model, kif_config(args.kif), optimizer, args.learning_rate, self._memory_stream()
         )

@@ -323,6 +323,23 @@ def test_state_continues_in_the_middle_of_a_round_bit_for_bit(preset: str) -> No
     assert all(torch.equal(a.arena.buffer(n), b.arena.buffer(n)) for n in a.arena.buffers)
 
 
+@pytest.mark.parametrize("counts", [True, False])
+def test_state_continues_before_the_fusion(counts: bool) -> None:
+    """Also one from a device without the kernels, which counts no importances."""
+    config = KIFConfig(inner_steps=1, outer_steps=1)
+    a, a_parameters = engine(config)
+    for step, take in enumerate([a.inner_step, a.outer_step]):
+        feed(a_parameters, gradients(step))
+        take(LR)
+    state = copy.deepcopy(a.state_dict())
+    b, _ = engine(config)
+    b.load_state_dict(state if counts else {**state, "selection": {}})
+    a.fuse()
+    b.fuse()
+    assert torch.equal(a.arena.data, b.arena.data) and torch.equal(a.kept, b.kept)
+    assert 0 < a.kept[0] < a.arena.numel
+
+
 @pytest.mark.parametrize("change", ["inner step", "outer step", "fuse", "loading"])
 def test_a_backward_pass_through_old_weights_is_refused(change: str) -> None:
     kif, parameters = engine(KIFConfig(inner_steps=2, outer_steps=1))

@@ -107,7 +107,9 @@ def test_answers_that_cannot_match_end_early(load: Loader, kind: str) -> None:
         lm.answer(TOPICS, rows, "generate", 12, {"\N{SNOWMAN}"})
         early = len(steps)
         lm.answer(TOPICS, rows, "generate", 12)
-    assert early <= 3 < len(steps) - early
+    # at once, but where the first token may end within a character
+    partial = any(text.startswith("\N{REPLACEMENT CHARACTER}") for text in whole)
+    assert early <= (3 if partial else 1) and len(steps) - early > 3
 
 
 @pytest.mark.parametrize(("kind", "right"), [("t5", 0), ("llama", 0), ("llama", 4)])

@@ -350,6 +350,10 @@ def test_ties_that_the_arena_cannot_keep() -> None:
             ParameterArena.of(torch.nn.Sequential(one, two))
     two.weight.data = one.weight.data.clone()
     assert len(ParameterArena.of(torch.nn.Sequential(one, two)).segments) == 1
+    two.weight.requires_grad_(True)
+    # next to each other is not in one another
+    one.weight.data, two.weight.data = torch.randn(2, 4, 4)
+    assert len(ParameterArena.of(torch.nn.Sequential(one, two)).segments) == 2
     two.weight = one.weight
     both = torch.nn.Sequential(one, two)
     arena = ParameterArena.of(both)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import topic_task
 from transformers import DataCollatorForSeq2Seq, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 from trl_setup import supervised
@@ -59,6 +60,7 @@ def train(
     memory: int = 12,
     callbacks: list[TrainerCallback] | None = None,
     resume: str | bool | None = None,
+    eval_dataset: Any = None,
     **options: Any,
 ) -> KIFTrainer:
     """One task on the rows of `kif train`, in its order; `memory` batches of them."""
@@ -72,6 +74,7 @@ def train(
         args=KIFTrainingArguments(output_dir=str(output), **settings),
         train_dataset=batches(lm, "0/new/1", 40, STEPS),
         memory_dataset=batches(lm, "0/replay/1", 12, memory) if memory else None,
+        eval_dataset=eval_dataset,
         data_collator=lm.collate,
         processing_class=lm.tokenizer,
         callbacks=callbacks,
@@ -313,6 +316,25 @@ def test_a_round_that_is_stopped_early_is_fused(tiny_models: dict[str, Path], tm
     trainer = train(lm, tmp_path, callbacks=[StopAt(4)])
     assert trainer.state.global_step == 4 and trainer.engine.rounds == 2
     assert trainer.kif_optimizer.inner_done == 0
+
+
+@pytest.mark.parametrize("load_best", [True, False])
+def test_the_best_checkpoint_is_loaded(tiny_models: dict[str, Path], tmp_path: Path, load_best: bool) -> None:
+    """At the end, over the weights of a round that was stopped early, which then has nothing to fuse."""
+    lm, _ = load(tiny_models)
+    trainer = train(
+        lm, tmp_path, callbacks=[StopAt(5)], eval_dataset=batches(lm, "0/eval/1", 4, 1), eval_strategy="steps",
+        eval_steps=3, save_strategy="steps", save_steps=3, metric_for_best_model="loss",
+        load_best_model_at_end=load_best,
+    )  # fmt: skip
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-3")
+    assert trainer.state.global_step == 5 and trainer.engine.rounds == (1 if load_best else 2)
+    best = load_file(tmp_path / "checkpoint-3" / "adapter_model.safetensors")
+    now = {name.replace(".default.", "."): p for name, p in lm.model.named_parameters() if p.requires_grad}
+    assert now.keys() == best.keys()
+    assert all(torch.equal(now[name], best[name]) for name in best) == load_best
+    trainer.train()
+    assert trainer.state.global_step == 5 and trainer.engine.rounds == (1 if load_best else 2)
 
 
 def test_outer_steps_have_their_own_rate(tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: Any) -> None:
