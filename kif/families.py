@@ -236,8 +236,7 @@ class LanguageModel(ABC):
         """input_ids and attention_mask; the mask goes by length, since padding may share its id with EOS."""
         inputs = [self._prompt(row) for row in rows]
         longest = max(map(len, inputs))
-        limit = self.max_length + self.virtual_before + self.virtual_after
-        width = rounded_width(longest, limit) if fixed else longest
+        width = rounded_width(longest, self.max_length) if fixed else longest
         return {
             "input_ids": pad(inputs, self.tokenizer.pad_token_id, side, width),
             "attention_mask": pad([(1,) * len(ids) for ids in inputs], 0, side, width),
