@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import build_tiny, free_text_task, sentiment_task, topic_task
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from kif import generative
 from kif.config import RunConfig
@@ -145,6 +147,27 @@ def test_decoder_target_continues_the_prompt(load: Loader, template: str) -> Non
     for example, row in zip(task.train, lm.encode(task, task.train), strict=True):
         text = task.prompt(example).rstrip(" ") + " " + example.label
         assert [*row.input_ids, *row.target] == [*lm.tokenizer(text)["input_ids"], lm.tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("merges", [True, False])
+def test_decoder_target_by_other_tokenizers(load: Loader, merges: bool) -> None:
+    """One that merges the prompt's end with the label; one that, as Llama 2's, begins every text with a blank."""
+    lm = load("llama")
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    if not merges:
+        bpe.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["</s>"], show_progress=False)
+    bpe.train_from_iterator([TOPICS.prompt(row).rstrip(" ") + " " + row.label for row in TOPICS.train] * 2, trainer)
+    lm.tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", pad_token="</s>")
+    for label in TOPICS.labels or ():
+        (target,) = lm._targets(TOPICS, [label])
+        prompt, text = (bpe.encode(text).ids for text in ("\nAnswer:", f"\nAnswer: {label}"))
+        assert (text[: len(prompt)] != prompt) == merges
+        if not merges:
+            assert target == (*text[len(prompt) :], lm.tokenizer.eos_token_id)
+        assert lm.tokenizer.decode(target, skip_special_tokens=True).strip() == label
 
 
 def test_decoder_target_where_the_template_ends_with_the_input(load: Loader) -> None:
