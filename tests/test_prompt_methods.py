@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,8 @@ def test_virtual_tokens_are_embeddings_put_around_the_prompt(
 ) -> None:
     lm = load(tiny_models, kind)
     rows = lm.encode(TASKS[0], TASKS[0].train)[:6]
+    # 0 is a token as others
+    rows[0] = replace(rows[0], input_ids=(*rows[0].input_ids[:2], 0, *rows[0].input_ids[3:]))
     shared = torch.randn(3, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)
     own = torch.randn(6, 3, 16, generator=torch.Generator().manual_seed(2), requires_grad=True)
     tokens = VirtualTokens(lm, before, 3 - before)
