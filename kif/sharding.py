@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,16 +43,9 @@ def shard_base(model: nn.Module, device: torch.device | None = None) -> None:
         "reshard_after_forward": True,
     }
     for name, layer in found:
-        frozen = {n: p for n, p in layer.named_parameters() if p not in trained}
-        for parameter_name, parameter in frozen.items():
-            if not parameter.dtype.is_floating_point:
+        for parameter_name, parameter in layer.named_parameters():
+            if parameter not in trained and not parameter.dtype.is_floating_point:
                 raise ValueError(f"{name}.{parameter_name} is {parameter.dtype}: a quantised base cannot be split")
-        # FSDP wants one dtype in a group, and some models keep parts in fp32
-        usual = Counter(parameter.dtype for parameter in frozen.values()).most_common(1)[0][0]
-        for module in layer.modules():
-            own = [p for p in module.parameters(recurse=False) if p not in trained]
-            if own and own[0].dtype != usual:
-                fully_shard(module, **options)
         fully_shard(layer, **options)
 
 

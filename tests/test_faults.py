@@ -235,6 +235,14 @@ def test_a_checkpoint_without_room_leaves_the_one_before(
     assert read is not None and read["number"] == 3
 
 
+def test_processes_must_go_on_from_the_same_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = Checkpoints(tmp_path / "state")
+    checkpoints.write({"number": 1})
+    monkeypatch.setattr("kif.checkpoint.gather", lambda last: [last, last + 1])
+    with pytest.raises(RuntimeError, match=r"different checkpoints in .*state: it must be shared by all"):
+        Checkpoints(tmp_path / "state").read(torch.device("cpu"))
+
+
 def test_a_log_and_a_file_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from kif.progress import Progress
 
