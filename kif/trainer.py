@@ -301,7 +301,6 @@ class KIFMixin:
             raise ValueError("Recurrent-KIF makes the optimizer; pass optimizers=(None, scheduler) or nothing")
         self.memory_dataset = memory_dataset
         self.kif_optimizer: KIFOptimizer
-        self._memory_loss, self._memory_steps = None, 0
         super().__init__(model, args, *more, **kwargs)  # type: ignore[call-arg]
         trainer: Any = self
         if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
@@ -334,7 +333,7 @@ class KIFMixin:
             max_grad_norm=args.max_grad_norm,
         )
         _adapter_in_fp32(model)
-        # of a round that ended with the last task's training, after its last log
+        # since the last log, of this task alone: a task's last round may end after its last log
         self._memory_loss, self._memory_steps = None, 0
         self.kif_optimizer = KIFOptimizer(
             model, kif_config(args.kif), optimizer, args.learning_rate, self._memory_stream()
