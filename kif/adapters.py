@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kif.config import RunConfig
-from kif.families import Family
+from kif.families import Family, text_config
 
 HEADS = ("classifier", "score")
 """Names of classification layers that PEFT trains and saves by itself."""
@@ -43,7 +43,7 @@ def new_adapter(base: Any, family: Family, config: RunConfig, new_layers: Collec
     whole = whole_modules(base, saved)
     # head=cosine does not use a pooler
     unused = [name for name in linear_layers(base) if "pooler" in name.split(".")] if config.head == "cosine" else []
-    targets = target_modules(base, config.target_modules, [*whole, *unused])
+    targets = target_modules(base, config.target_modules, [*whole, *unused, *new_layers])
     adapted = [name for name, _ in base.named_modules() if _is_target(name, targets)]
     check_whole(base, saved, whole, adapted)
     check_ranks(config.rank_pattern or {}, adapted)
@@ -63,12 +63,14 @@ def new_adapter(base: Any, family: Family, config: RunConfig, new_layers: Collec
 def target_modules(base: Any, wanted: list[str] | None, without: Collection[str] = ()) -> list[str] | str:
     """The layers that get an adapter: `wanted`, or PEFT's choice for the model type (query and value).
 
-    `all-linear` is every linear layer but the output layer and those in the modules `without`.
+    `all-linear` is every linear layer but the output layer and those in the modules `without`. Of a model that also
+    sees or hears, layers outside the part for texts get none, unless PEFT's choice is a regular expression.
     Raises: ValueError listing the model's linear layers, if a name matches none of them or PEFT has no choice.
     """
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as choices
 
-    layers = linear_layers(base)
+    part = text_part(base)
+    layers = [layer for layer in linear_layers(base) if part is None or _is_inside(layer, part)]
     listed = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
     if wanted is None:
         if base.config.model_type not in choices:
@@ -77,13 +79,27 @@ def target_modules(base: Any, wanted: list[str] | None, without: Collection[str]
                 f"set it to some of the model's linear layers: {listed}"
             )
         choice = choices[base.config.model_type]
-        return choice if isinstance(choice, str) else list(choice)
-    if wanted == [ALL_LINEAR]:
+        if isinstance(choice, str):
+            return choice
+        wanted = list(choice)
+    elif wanted == [ALL_LINEAR]:
         return [layer for layer in layers if not any(_is_inside(layer, module) for module in without)]
-    for name in wanted:
-        if not any(layer == name or layer.endswith(f".{name}") for layer in layers):
-            raise ValueError(f"target_modules: no linear layer is named {name!r}; there are {listed}")
-    return list(wanted)
+    else:
+        for name in wanted:
+            if not any(layer == name or layer.endswith(f".{name}") for layer in layers):
+                raise ValueError(f"target_modules: no linear layer is named {name!r}; there are {listed}")
+    if part is None:
+        return list(wanted)
+    return [name for name, _ in base.named_modules() if _is_inside(name, part) and _is_target(name, wanted)]
+
+
+def text_part(base: Any) -> str | None:
+    """Full name of the part for texts of a decoder that also sees or hears, None for others."""
+    config = base.config
+    if config.is_encoder_decoder or text_config(config, "decoder") is config:
+        return None
+    decoder = base.get_decoder()
+    return next(name for name, module in base.named_modules() if module is decoder)
 
 
 def linear_layers(base: Any) -> list[str]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kif.families import IGNORE, Batch, Encoded, pad, to_device
+from kif.families import IGNORE, Batch, Encoded, pad, text_config, to_device
 from kif.generative import GenerativeModel, fixed_cross_entropy, log_likelihood, summed_cross_entropy
 from kif.tasks import Example, Task
 
@@ -64,15 +65,18 @@ class DecoderModel(GenerativeModel):
         }
 
     def loss(self, batch: Batch) -> tuple[Tensor, int]:
-        # position t predicts token t + 1; logits are made at positions that predict a label in some row only
-        labels = batch["labels"][:, 1:]
-        columns = (labels != IGNORE).any(0).nonzero().squeeze(1)
         inputs = self._to_device({name: batch[name] for name in ("input_ids", "attention_mask")})
         prompt = self._to_device({"mask": batch["attention_mask"] * (batch["labels"] == IGNORE)})
         self._announce(inputs["input_ids"], prompt["mask"])
-        keep = to_device(columns, self.device)
-        logits = self._logits_at(keep, **inputs, use_cache=False)[0]
-        return summed_cross_entropy(logits, labels[:, columns])
+        return summed_cross_entropy(*self._predictions(inputs, batch["labels"]))
+
+    def _predictions(self, inputs: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits, what they predict) at the positions that predict a label in some row; labels are on the CPU."""
+        # position t predicts token t + 1
+        following = labels[:, 1:]
+        columns = (following != IGNORE).any(0).nonzero().squeeze(1)
+        logits = self._logits_at(to_device(columns, self.device), **inputs, use_cache=False)[0]
+        return logits, following[:, columns]
 
     def fixed_loss(self, batch: Batch) -> Tensor:
         inputs = dict(batch)
@@ -113,9 +117,11 @@ class DecoderModel(GenerativeModel):
         mask = prompts["attention_mask"]
         self._announce(**prompts)
         first, prompt_cache = self._logits_at(1, **prompts, **self._positions(mask, mask.size(1)), use_cache=True)
+        if not _repeatable(prompt_cache):
+            return self._rank_anew(rows, candidates)
         labels = to_device(pad(candidates, IGNORE), self.device)
 
-        config = self.base.config
+        config = text_config(self.base.config, self.family)
         cached = mask.numel() * 2 * config.num_hidden_layers * config.hidden_size
         per_label = len(rows) * labels.size(1) * config.vocab_size + cached
         scores = []
@@ -137,17 +143,42 @@ class DecoderModel(GenerativeModel):
             scores.append(log_likelihood(logits, tiled).view(len(rows), len(part)))
         return torch.cat(scores, 1)
 
+    def _rank_anew(self, rows: Sequence[Encoded], candidates: Sequence[tuple[int, ...]]) -> Tensor:
+        """As `_rank`, with the prompts run again for every label."""
+        config = text_config(self.base.config, self.family)
+        lengths = [len(self._prompt(row)) for row in rows]
+        width = max(lengths) + max(map(len, candidates))
+        per_label = len(rows) * ((width - min(lengths)) * config.vocab_size + width * config.hidden_size)
+        count = self._labels_at_once(per_label)
+        scores = []
+        for begin in range(0, len(candidates), count):
+            part = candidates[begin : begin + count]
+            batch = self.collate([replace(row, target=target) for row in rows for target in part])
+            labels = batch.pop("labels")
+            logits, following = self._predictions(self._to_device(batch), labels)
+            scores.append(log_likelihood(logits, to_device(following, self.device)).view(len(rows), len(part)))
+        return torch.cat(scores, 1)
+
     def _logits_at(self, columns: Tensor | int, **inputs: Any) -> tuple[Tensor, Any]:
-        """Logits at some positions, or the last so many, computed there only where the model can; the cache."""
+        """Logits at some positions, or the last so many, computed there only where the model can; its cache or None."""
         if self._forward_accepts("logits_to_keep"):
             output = self.model(**inputs, logits_to_keep=columns)
-            return output.logits, output.past_key_values
-        output = self.model(**inputs)
-        chosen = slice(-columns, None) if isinstance(columns, int) else columns
-        return output.logits[:, chosen], output.past_key_values
+            logits = output.logits
+        else:
+            output = self.model(**inputs)
+            logits = output.logits[:, slice(-columns, None) if isinstance(columns, int) else columns]
+        return logits, getattr(output, "past_key_values", None)
 
     def _positions(self, mask: Tensor, count: int) -> Batch:
         """Positions of the last `count` tokens, counted from each row's first real token."""
         if not self._forward_accepts("position_ids"):
             return {}
         return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -count:]}
+
+
+def _repeatable(cache: Any) -> bool:
+    """Whether a cache holds keys and values alone: states of linear attention cannot be gone on from in every model,
+    and transformers does not repeat them."""
+    layers = getattr(cache, "layers", None) or []
+    plain = [hasattr(layer, "batch_repeat_interleave") and not hasattr(layer, "conv_states") for layer in layers]
+    return bool(plain) and all(plain)

@@ -100,13 +100,15 @@ class LanguageModel(ABC):
 
         A prompt above `max_length` loses the end of its input text, so that instruction and template stay whole.
 
-        Raises: ValueError if instruction and template alone exceed `max_length`; encoders: for a task without a
-            label list and for labels outside it.
+        Raises: ValueError if instruction and template alone exceed `max_length`, and for tokens that the model does not
+            know; encoders: for a task without a label list and for labels outside it.
         """
         if not examples:
             return []
         prompts = self._tokenize_prompts(task, [self._prompt_parts(task, example) for example in examples])
         targets = self._targets(task, [example.label for example in examples])
+        if self.family != "encoder":
+            self._check_known(task, targets)
         return [
             Encoded(ids, target, task.name, truncated)
             for (ids, truncated), target in zip(prompts, targets, strict=True)
@@ -201,6 +203,7 @@ class LanguageModel(ABC):
             return_attention_mask=False,
             verbose=False,
         )
+        self._check_known(task, encoding["input_ids"])
         result: list[tuple[tuple[int, ...], bool]] = []
         for i, (before, text, _) in enumerate(prompts):
             ids: list[int] = encoding["input_ids"][i]
@@ -218,6 +221,16 @@ class LanguageModel(ABC):
                 ids = shorter
             result.append((tuple(ids), surplus > 0))
         return result
+
+    def _check_known(self, task: Task, rows: Sequence[Sequence[int]]) -> None:
+        """Raise ValueError for a token that the model does not embed, on which a GPU would fail for good."""
+        known = self.base.get_input_embeddings().weight.shape[0]
+        highest = max((max(ids) for ids in rows if ids), default=0)
+        if highest >= known:
+            raise ValueError(
+                f"task {task.name!r}: the tokenizer gives {self.tokenizer.convert_ids_to_tokens(highest)!r} the id "
+                f"{highest}, and the model knows {known} tokens only: give the model its own tokenizer"
+            )
 
     def _encoding_settings(self) -> dict[str, Any]:
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
@@ -258,6 +271,11 @@ class LanguageModel(ABC):
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: to_device(tensor, self.device) for name, tensor in batch.items()}
+
+
+def text_config(config: Any, family: Family) -> Any:
+    """A transformers config; of a decoder that also sees or hears, that of its part for texts."""
+    return config.get_text_config(decoder=True) if family == "decoder" else config
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:

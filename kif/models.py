@@ -16,10 +16,13 @@ from kif.adapters import adapter_in_fp32, new_adapter, task_type
 from kif.config import RunConfig
 from kif.decoder import DecoderModel
 from kif.encoder import EncoderModel, union_of_labels
-from kif.families import Family, LanguageModel
+from kif.families import Family, LanguageModel, text_config
 from kif.seq2seq import EncoderDecoderModel
 from kif.sharding import shard_base
 from kif.tokenization import check_origin
+
+UNMASKED = ("fnet", "rwkv")
+"""Model types that do not heed the attention mask."""
 
 
 def load_language_model(
@@ -65,6 +68,7 @@ def load_language_model(
 
     with _seeded(config.seed):
         base, new_layers = _load_base(name, model_config, family, config, len(classes), quantized)
+        _check_padding(tokenizer, base, name)
         if adapter is None:
             model = new_adapter(base, family, config, new_layers)
         else:
@@ -114,6 +118,11 @@ def family_of(model_config: Any) -> Family:
     from transformers.models.auto import modeling_auto as auto
 
     model_type = model_config.model_type
+    if model_type in UNMASKED:
+        raise ValueError(
+            f"model type {model_type!r} is not supported: it takes padding for text, so that what it makes of a row "
+            "depends on the rows beside it"
+        )
     if getattr(model_config, "is_encoder_decoder", False):
         if model_type in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
             return "encoder-decoder"
@@ -209,8 +218,17 @@ def _check_tokenizer(tokenizer: Any, family: Family, name: str) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
+def _check_padding(tokenizer: Any, base: Any, name: str) -> None:
+    known = base.get_input_embeddings().weight.shape[0]
+    if tokenizer.pad_token_id >= known:
+        raise ValueError(
+            f"model {name}: the tokenizer's padding token {tokenizer.pad_token!r} has the id {tokenizer.pad_token_id}, "
+            f"and the model knows {known} tokens only: set pad_token in tokenizer_config.json to one of these"
+        )
+
+
 def _check_lengths(config: RunConfig, family: Family, model_config: Any, tokenizer: Any) -> None:
-    positions = getattr(model_config, "max_position_embeddings", None)
+    positions = getattr(text_config(model_config, family), "max_position_embeddings", None)
     needed, what = config.max_length, "max_length"
     if family == "decoder":
         needed += max(config.max_target_length, config.max_new_tokens)
@@ -266,11 +284,11 @@ def _load_base(
     if new_layers and not (family == "encoder" and config.head == "linear"):
         raise ValueError(f"model {name}: the checkpoint lacks weights of {', '.join(new_layers)}")
     if family != "encoder":
-        _forget_generation_settings(base)
+        _forget_generation_settings(base, name)
     return base, new_layers
 
 
-def _forget_generation_settings(base: Any) -> None:
+def _forget_generation_settings(base: Any, name: str) -> None:
     """Keep only the special tokens, since generate() fills what a call leaves open from the model's own settings."""
     from transformers import GenerationConfig
 
@@ -278,6 +296,10 @@ def _forget_generation_settings(base: Any) -> None:
     start = own.decoder_start_token_id
     if start is None and base.config.is_encoder_decoder:
         start = base.config.decoder_start_token_id
+        # as `generate` does
+        start = own.bos_token_id if start is None else start
+        if start is None:
+            raise ValueError(f"model {name}: its config names no decoder_start_token_id, with which answers begin")
     base.generation_config = GenerationConfig(
         bos_token_id=own.bos_token_id,
         eos_token_id=own.eos_token_id,

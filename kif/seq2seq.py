@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kif.families import IGNORE, Batch, Encoded, pad, to_device
@@ -14,7 +15,7 @@ from kif.tasks import Task
 
 
 class EncoderDecoderModel(GenerativeModel):
-    """T5-like. A target is the label as the tokenizer writes target texts, with EOS; the model shifts it by itself."""
+    """T5-like. A target is the label as the tokenizer writes target texts, with EOS."""
 
     family = "encoder-decoder"
 
@@ -41,10 +42,19 @@ class EncoderDecoderModel(GenerativeModel):
         logits: Tensor = self.model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            decoder_input_ids=self.base.prepare_decoder_input_ids_from_labels(labels=batch["labels"]),
+            decoder_input_ids=self._decoder_inputs(batch["labels"]),
             use_cache=False,
         ).logits
         return logits
+
+    def _decoder_inputs(self, labels: Tensor) -> Tensor:
+        """The labels behind the token that answers begin with, without the last one.
+
+        Models shift by themselves in several ways; some begin with the label's own last token, which is none where a
+        row has no label, and not always what `generate` begins with.
+        """
+        shifted = F.pad(labels[:, :-1], (1, 0), value=self.base.generation_config.decoder_start_token_id)
+        return shifted.masked_fill(shifted == IGNORE, self.tokenizer.pad_token_id)
 
     def _generate(self, rows: Sequence[Encoded], max_new_tokens: int, acceptable: Collection[str] | None) -> list[str]:
         inputs = self._to_device(self._padded_inputs(rows, "right"))
@@ -66,20 +76,19 @@ class EncoderDecoderModel(GenerativeModel):
         return settings
 
     def _rank(self, rows: Sequence[Encoded], candidates: Sequence[tuple[int, ...]]) -> Tensor:
-        from transformers.modeling_outputs import BaseModelOutput
-
         inputs = self._to_device(self._padded_inputs(rows, "right"))
         self._announce(**inputs)
-        states = self.base.get_encoder()(**inputs).last_hidden_state
+        encoded = self.base.get_encoder()(**inputs)
+        states = encoded.last_hidden_state
         labels = to_device(pad(candidates, IGNORE), self.device)
         per_label = len(rows) * labels.size(1) * self.base.config.vocab_size + states.numel()
         scores = []
         for part in labels.split(self._labels_at_once(per_label)):
             tiled = part.repeat(len(rows), 1)
             logits = self.model(
-                encoder_outputs=BaseModelOutput(last_hidden_state=states.repeat_interleave(len(part), 0)),
+                encoder_outputs=type(encoded)(last_hidden_state=states.repeat_interleave(len(part), 0)),
                 attention_mask=inputs["attention_mask"].repeat_interleave(len(part), 0),
-                decoder_input_ids=self.base.prepare_decoder_input_ids_from_labels(labels=tiled),
+                decoder_input_ids=self._decoder_inputs(tiled),
                 use_cache=False,
             ).logits
             scores.append(log_likelihood(logits, tiled).view(len(rows), len(part)))

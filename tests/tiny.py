@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from tokenizers.decoders import ByteLevel
 from torch import Tensor, nn
 
+from kif.families import Family
 from kif.tasks import Example, Task
 
 Kind = Literal["t5", "llama", "gpt2", "bert"]
@@ -40,6 +41,33 @@ def build_tiny(kind: Kind, folder: str | Path) -> Path:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(8 if kind != "t5" else 1.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+def build_type(model_type: str, family: Family, folder: str | Path, **config: Any) -> Path:
+    """As `build_tiny`, of any model type of transformers, with fields of its config; without dropout."""
+    import transformers
+
+    folder = Path(folder)
+    tokenizer = _tokenizer({"encoder-decoder": "t5", "decoder": "llama", "encoder": "bert"}[family])  # type: ignore[arg-type]
+    tokenizer.save_pretrained(folder)
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    if family == "encoder-decoder":
+        special["decoder_start_token_id"] = tokenizer.pad_token_id
+    made = transformers.AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **special, **config})
+    auto: Any = {
+        "encoder-decoder": transformers.AutoModelForSeq2SeqLM,
+        "decoder": transformers.AutoModelForCausalLM,
+        "encoder": transformers.AutoModel,
+    }[family]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = auto.from_config(made)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4 if family != "encoder-decoder" else 2)
     model.save_pretrained(folder)
     return folder
 

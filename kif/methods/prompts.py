@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kif.config import RunConfig
-from kif.families import LanguageModel
+from kif.families import LanguageModel, text_config
 from kif.methods.base import METHOD_FILE, load_method_file
 
 
@@ -18,7 +18,8 @@ class VirtualTokens:
     """Vectors in the places of a model's virtual tokens, in training, generation and ranking.
 
     Hooks on the input embeddings of the model (and of its encoder) look up token 0 for a negative id and put a vector
-    there instead. Calls without negative ids pass as they are. It stays on the model for good.
+    there instead; what else is looked up by token is token 0's. Calls without negative ids pass as they are. It stays
+    on the model for good.
 
     Args:
         lm: the model, without virtual tokens so far.
@@ -34,14 +35,25 @@ class VirtualTokens:
         self.vectors: Tensor | None = None
         self._ids: Tensor | None = None
         lm.virtual_before, lm.virtual_after = before, after
-        for module in input_embeddings(lm):
+        replaced = input_embeddings(lm)
+        for module in replaced:
             module.register_forward_pre_hook(self._remember)
             module.register_forward_hook(self._insert)
+        for module in lm.base.modules():
+            # some models look up more for each token, such as a vector for each layer
+            if isinstance(module, nn.Embedding) and module not in replaced:
+                module.register_forward_pre_hook(self._known)
 
     def _remember(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if self.vectors is None:
             return inputs
         self._ids = inputs[0]
+        return (inputs[0].clamp(min=0), *inputs[1:])
+
+    def _known(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        # embeddings of positions may be called with a mask, or without anything
+        if self.vectors is None or not inputs or inputs[0].dtype != torch.int64:
+            return inputs
         return (inputs[0].clamp(min=0), *inputs[1:])
 
     def _insert(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -93,7 +105,7 @@ def check_positions(lm: LanguageModel, config: RunConfig, virtual: int, target: 
         target: further tokens that a decoder-only model may write behind a prompt, where that is more than
             `max_target_length` and `max_new_tokens`.
     """
-    positions = getattr(lm.base.config, "max_position_embeddings", None)
+    positions = getattr(text_config(lm.base.config, lm.family), "max_position_embeddings", None)
     if positions is None:
         return
     needed = virtual + config.max_length
