@@ -288,7 +288,8 @@ class KIFMixin:
             shuffled and collated as these. See `draw_memory`.
         Others as the Trainer; it makes the optimizer itself.
 
-    Raises: TypeError for other arguments; ValueError for an optimizer, DeepSpeed, FSDP, DataParallel.
+    Raises: TypeError for other arguments; ValueError for an optimizer, DeepSpeed, FSDP, DataParallel, and for answers
+        (GRPO, RLOO) that are used in several steps.
     """
 
     def __init__(self, model: Any = None, args: Any = None, *more: Any, memory_dataset: Any = None, **kwargs: Any):
@@ -301,7 +302,10 @@ class KIFMixin:
             raise ValueError("Recurrent-KIF makes the optimizer; pass optimizers=(None, scheduler) or nothing")
         self.memory_dataset = memory_dataset
         self.kif_optimizer: KIFOptimizer
-        super().__init__(model, args, *more, **kwargs)  # type: ignore[call-arg]
+        # trainers of TRL that take reward functions have them in the second place
+        given = (args, *more) if more else ()
+        kwargs = kwargs if more else {"args": args, **kwargs}
+        super().__init__(model, *given, **kwargs)  # type: ignore[call-arg]
         trainer: Any = self
         if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             raise ValueError(_sharded("DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP"))
@@ -310,6 +314,7 @@ class KIFMixin:
                 f"this process sees {trainer.args.n_gpu} GPUs, which the Trainer would use by DataParallel: "
                 "start one process for each with torchrun, or set CUDA_VISIBLE_DEVICES to one"
             )
+        _check_generation(trainer.args)
         trainer.add_callback(_Rounds(self))
 
     @property
@@ -418,12 +423,13 @@ class KIFMixin:
         noted = metrics.get("train") if isinstance(metrics, dict) else None
         noted = noted if isinstance(noted, dict) else {}
         before = {key: copy(values) for key, values in noted.items()}
-        tokens = getattr(trainer, "_total_train_tokens", None)
+        tokens, seen = getattr(trainer, "_total_train_tokens", None), trainer.state.num_input_tokens_seen
         try:
             yield
         finally:
             noted.clear()
             noted.update(before)
+            trainer.state.num_input_tokens_seen = seen
             if tokens is not None:
                 trainer._total_train_tokens = tokens
 
@@ -431,6 +437,9 @@ class KIFMixin:
         """The gradient of one outer step, accumulated and averaged as the Trainer does it for its own steps."""
         trainer: Any = self
         args, model = trainer.args, trainer.model_wrapped
+        if hasattr(trainer, "_last_loaded_step"):
+            # TRL gives vLLM the weights once a step by the count, which outer steps do not raise
+            trainer._last_loaded_step = -1
         batches, items = trainer.get_batch_samples(
             self.kif_optimizer.memory, args.gradient_accumulation_steps, args.device
         )
@@ -470,6 +479,16 @@ def _adapter_in_fp32(model: nn.Module) -> None:
             for parameter in held.parameters() if isinstance(held, nn.Module) else ():
                 if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                     parameter.data = parameter.data.float()
+
+
+def _check_generation(args: Any) -> None:
+    """Raise ValueError where answers that TRL generates would be used in several steps, an outer one among them."""
+    steps = (getattr(args, "steps_per_generation", None) or 1) * getattr(args, "num_iterations", 1)
+    if args.gradient_accumulation_steps % steps:
+        raise ValueError(
+            f"answers generated for {steps} passes would be used in several steps, and outer steps need those of their "
+            "own rows: leave out steps_per_generation, generation_batch_size and num_iterations"
+        )
 
 
 def _sharded(name: str) -> str:

@@ -301,13 +301,9 @@ class LFPT5(Method):
         inputs = lm._to_device(batch)
         self.tokens.vectors = prompt
         if lm.family == "encoder-decoder":
-            start = lm.base.prepare_decoder_input_ids_from_labels(labels=labels.to(lm.device))
-            logits = lm.model(**inputs, decoder_input_ids=start, use_cache=False).logits
+            logits = lm._logits({**inputs, "labels": labels.to(lm.device)})
         else:
-            labels = labels[:, 1:]
-            columns = (labels != IGNORE).any(0).nonzero().squeeze(1)
-            logits = lm._logits_at(columns.to(lm.device), **inputs, use_cache=False)[0]
-            labels = labels[:, columns]
+            logits, labels = lm._predictions(inputs, labels)
         self.tokens.vectors = getattr(lm.model, PROMPT)
         return logits[(labels != IGNORE).to(lm.device)].float().log_softmax(1)
 
