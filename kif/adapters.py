@@ -99,7 +99,7 @@ def text_part(base: Any) -> str | None:
     if config.is_encoder_decoder or text_config(config, "decoder") is config:
         return None
     decoder = base.get_decoder()
-    return next(name for name, module in base.named_modules() if module is decoder)
+    return next((name for name, module in base.named_modules() if module is decoder), None) or None
 
 
 def linear_layers(base: Any) -> list[str]:
