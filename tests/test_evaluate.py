@@ -77,6 +77,18 @@ def test_mode_returns_after_an_error(load: Loader) -> None:
     assert all(module.training for module in lm.model.modules())
 
 
+def test_the_longest_rows_come_first(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, lengths = load("t5"), []
+
+    def answer(task: Any, rows: Any, *_: Any) -> list[str]:
+        lengths.extend(row.length for row in rows)
+        return [""] * len(rows)
+
+    monkeypatch.setattr(lm, "answer", answer)
+    evaluate(lm, TOPICS, TOPICS.test, mode="rank", batch_size=3, max_new_tokens=5)
+    assert lengths == sorted(lengths, reverse=True) and lengths[0] > lengths[-1]
+
+
 def test_predictions_are_in_the_rows_order(load: Loader) -> None:
     lm = load("bert")
     result = evaluate(lm, TOPICS, TOPICS.test, mode="generate", batch_size=3, max_new_tokens=5)

@@ -118,6 +118,8 @@ def test_refusals(
     (tmp_path / "out" / "mine.txt").write_text("")
     assert main(["export", str(tmp_path / "plain"), str(tmp_path / "out")]) == 2
     assert "out is not empty" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "plain"), str(tmp_path / "out" / "mine.txt")]) == 2
+    assert "mine.txt is not empty" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "nowhere"), str(tmp_path / "new")]) == 2
     assert "tasks.json does not exist" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "plain"), str(tmp_path / "new"), "--checkpoint", "9"]) == 2

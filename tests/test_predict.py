@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,25 @@ def test_without_a_task_the_lines_bring_their_instruction(runs: Runs, capsys: py
     assert capsys.readouterr().out == alone
     assert main(["predict", str(runs("seqlora", "bert")), file]) == 0
     assert set(answers(capsys.readouterr().out)) <= {"red", "green", "big", "small", "tiny"}
+
+
+def test_the_only_task_of_a_run_needs_no_name(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, file = runs("seqlora", "t5", tasks=["colours"]), tmp_path / "a.txt"
+    file.write_text("the sky\n")
+    assert main(["predict", str(run), str(file), "--text", "--task", "colours"]) == 0
+    named = capsys.readouterr().out
+    assert main(["predict", str(run), str(file), "--text"]) == 0
+    assert capsys.readouterr().out == named and answers(named)
+
+
+def test_free_text_cannot_be_ranked_which_is_said_before_a_line_is_read(runs: Runs, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(runs("recurrent-kif", "t5"), tmp_path / "run"))
+    known = json.loads((run / "tasks.json").read_text())
+    known["tasks"][0]["labels"] = None
+    (run / "tasks.json").write_text(json.dumps(known))
+    with pytest.raises(ValueError, match="task 'colours' is free text and has no labels to rank"):
+        Predictor(run, "colours", eval_mode="rank")
+    assert Predictor(run, "colours", eval_mode="generate").task.labels is None
 
 
 def test_standard_input_is_answered_in_batches(runs: Runs) -> None:

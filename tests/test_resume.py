@@ -16,7 +16,17 @@ import pytest
 import torch
 from tiny import topic_task
 
-from kif.checkpoint import CONTENT, TENSORS, Checkpoints, difference, flatten, pack_rows, unflatten, unpack_rows
+from kif.checkpoint import (
+    CONTENT,
+    TENSORS,
+    Checkpoints,
+    difference,
+    flatten,
+    pack_rows,
+    restore_random_state,
+    unflatten,
+    unpack_rows,
+)
 from kif.cli import main
 from kif.config import KIFConfig, LFPT5Config, RunConfig
 from kif.configfile import load_config
@@ -24,7 +34,7 @@ from kif.families import Encoded
 from kif.loop import train_phase
 from kif.methods import METHODS, SeqLoRA
 from kif.models import load_language_model
-from kif.resume import note_environment
+from kif.resume import note_environment, with_absolute_folders
 from kif.run import RunLog, train
 
 CPU = torch.device("cpu")
@@ -345,3 +355,22 @@ def test_a_method_that_makes_rows_itself_gets_the_same_ones_back(tiny_models: di
     whole = begin(states)
     assert [state["round"] for state in states] == [1, 2] and len(states[0]["rows"]["made"]) == 1
     assert torch.equal(begin([], states[0]), whole) and torch.equal(begin([], states[1]), whole)
+
+
+def test_places_hold_in_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "rows.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
+    here = with_absolute_folders(RunConfig(model="model", data="hub", memory_data="rows.jsonl", resume=True))
+    assert (here.model, here.memory_data) == (str(tmp_path / "model"), str(tmp_path / "rows.jsonl"))
+    assert here.data == "hub" and not here.resume
+    # names on the hub
+    there = with_absolute_folders(RunConfig(model="org/model", data="gone", memory_data="org/rows"))
+    assert (there.model, there.data, there.memory_data) == ("org/model", "gone", "org/rows")
+
+
+def test_random_numbers_of_a_gpu_are_left_where_there_is_none() -> None:
+    state = torch.get_rng_state()
+    expected = torch.rand(3)
+    restore_random_state([{"cpu": state, "cuda": torch.zeros(16, dtype=torch.uint8)}], torch.device("cpu"))
+    assert torch.rand(3).equal(expected)
