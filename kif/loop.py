@@ -17,6 +17,7 @@ from kif.distributed import alike, all_reduce_, gather, share, world
 from kif.families import Encoded, LanguageModel
 from kif.faults import Disagreement, SkippedSteps
 from kif.methods import Method
+from kif.notes import warn_of_unreached
 from kif.preemption import Preemption
 
 Record = dict[str, Any]
@@ -142,6 +143,9 @@ def train_phase(
             # the first process has written before any ends, which would end it too
             gather(True)
             raise stop.preempted()
+    # LoRA's A has a gradient from the second step on
+    if index == 0 and done > 1 and world()[0] == 0:
+        warn_of_unreached(method.unreached(), method.arena)
     method.end_task(index)
     return {"inner": done, "outer": outer_done}
 

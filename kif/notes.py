@@ -1,10 +1,11 @@
-"""What is odd about the data of a run though it can be trained: said once before training, never a reason to stop."""
+"""What is odd about a run though it can be trained: said once, of its data before training, never a reason to stop."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 
+from kif.arena import ParameterArena
 from kif.config import RunConfig
 from kif.families import Encoded, LanguageModel
 from kif.tasks import Example, Task
@@ -37,6 +38,19 @@ def warn_of_data(
             found.setdefault(kind, []).append(f"{task.name}: {what}")
     for kind, lines in found.items():
         warnings.warn(f"{kind}: {'; '.join(lines)}", stacklevel=3)
+
+
+def warn_of_unreached(names: Sequence[str], arena: ParameterArena) -> None:
+    """Warn of trained parameters that no gradient reached in a whole task, if there are any."""
+    if not names:
+        return
+    elements = sum(segment.numel for segment in arena.segments if segment.name in set(names))
+    warnings.warn(
+        f"no gradient reached {len(names)} of {len(arena.segments)} trained tensors "
+        f"({100 * elements / arena.numel:.1f}% of the elements), such as {names[0]}: they learn nothing, and masks by "
+        "density count them; leave their layers out of target_modules",
+        stacklevel=3,
+    )
 
 
 def _cut(lm: LanguageModel, task: Task, train: Sequence[Encoded], scored: Sequence[Encoded]) -> Mapping[str, str]:

@@ -22,6 +22,7 @@ from kif.families import Family, LanguageModel
 from kif.methods import METHODS
 from kif.methods.lora_layers import lora_layers
 from kif.models import load_language_model
+from kif.run import evaluate_run, train
 
 TOPICS, SENTIMENT = topic_task(), sentiment_task()
 Loader = Callable[..., LanguageModel]
@@ -91,6 +92,15 @@ TYPES: dict[str, tuple[Family, dict[str, Any]]] = {
     "deberta-v2": ("encoder", {**BERT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
 }  # fmt: skip
 """Family and config of each."""
+
+MORE_TYPES: dict[str, tuple[Family, dict[str, Any]]] = {
+    "marian": ("encoder-decoder", BART),
+    "bert": ("encoder", BERT),
+    "led": (
+        "encoder-decoder",
+        {**BART, "attention_window": 16, "max_encoder_position_embeddings": 512, "max_decoder_position_embeddings": 64},
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +277,47 @@ def test_tokens_that_the_model_does_not_know(tmp_path: Path) -> None:
     tokenizer.save_pretrained(folder)
     with pytest.raises(ValueError, match=rf"padding token 'market' has the id {known}, and the model knows {known}"):
         load_language_model(config, {"topics": TOPICS.labels})
+
+
+@pytest.mark.parametrize(
+    ("method", "model_type", "changes"),
+    [
+        # positions are embedded by shape, by mask, by number
+        ("l2p", "marian", {}),
+        ("l2p", "opt", {}),
+        ("l2p", "bart", {}),
+        # layers that see one vector a row (a pooler), and all rows' tokens as one list (feed-forward)
+        ("sapt", "bert", {"head": "linear"}),
+        ("sapt", "opt", {}),
+        ("moelora", "opt", {}),
+        ("inclora", "opt", {}),
+    ],
+)
+def test_methods_that_reach_into_layers(
+    method: str, model_type: str, changes: dict[str, Any], written: Path, tmp_path: Path
+) -> None:
+    results = train(run_of(model_type, written, tmp_path, method=method, **changes), progress=False)
+    scores = evaluate_run(tmp_path / "run", progress=False)["scores"]
+    assert scores == [row[-1] for row in results["accuracy"]]
+
+
+@pytest.mark.parametrize("method", ["recurrent-kif", "seqlora"])
+def test_what_no_gradient_reaches_is_said(method: str, written: Path, tmp_path: Path) -> None:
+    """LED has layers for global attention, which nothing here asks for."""
+    config = run_of("led", written, tmp_path, method=method, target_modules=["query", "query_global", "v_proj"])
+    with pytest.warns(UserWarning, match=r"no gradient reached 2 of 8 trained tensors \(25\.0% .*query_global\.lora_A"):
+        train(config, progress=False)
+
+
+def run_of(model_type: str, data: Path, folder: Path, **changes: Any) -> RunConfig:
+    """A short run over two tasks of a new tiny model with LoRA on all its linear layers."""
+    family, values = TYPES.get(model_type) or MORE_TYPES[model_type]
+    build_type(model_type, family, folder / "model", **values)
+    return RunConfig(
+        model=str(folder / "model"), data=str(data), tasks=["colours", "moods"], device="cpu",
+        output=str(folder / "run"), cache_dir=str(folder / "cache"), batch_size=4, steps_per_task=3, limit_eval=4,
+        max_length=64, max_target_length=8, max_new_tokens=2, **{"target_modules": ["all-linear"], **changes},
+    )  # fmt: skip
 
 
 class Experts(nn.Module):

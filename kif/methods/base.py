@@ -113,6 +113,10 @@ class Method(ABC):
         """Fractions of the elements that masks held, for methods that have masks. Waits for the device."""
         return None
 
+    def unreached(self) -> list[str]:
+        """Names of trained parameters that no gradient has reached in the present task. Waits for the device."""
+        return []
+
     @property
     def label(self) -> str:
         """Name, with every hyperparameter of its own that is not the default, for tables."""
@@ -206,6 +210,9 @@ class SingleAdapterMethod(Method):
     @property
     def skipped(self) -> int:
         return int(self.optimizer.skipped.item())
+
+    def unreached(self) -> list[str]:
+        return self.optimizer.unreached()
 
     def inner_step(self, lr: float) -> None:
         self.arena.check()

@@ -51,8 +51,9 @@ class VirtualTokens:
         return (inputs[0].clamp(min=0), *inputs[1:])
 
     def _known(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        # embeddings of positions may be called with a mask, or without anything
-        if self.vectors is None or not inputs or inputs[0].dtype != torch.int64:
+        # embeddings of positions may be called with a mask, a shape, or without anything
+        tokens: Any = inputs[0] if inputs else None
+        if self.vectors is None or not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
             return inputs
         return (inputs[0].clamp(min=0), *inputs[1:])
 

@@ -44,6 +44,9 @@ class RecurrentKIFMethod(Method):
         counts = self.engine.kept.tolist()
         return {name: count / total for name, count in zip(("inner", "outer", "both"), counts, strict=True)}
 
+    def unreached(self) -> list[str]:
+        return self.engine.inner_optimizer.unreached()
+
     @property
     def inner_steps(self) -> int:
         return self.config.kif.inner_steps

@@ -73,6 +73,10 @@ class SAPT(IncLoRA):
     def label(self) -> str:
         return f"{super().label}, memory rows as pseudo samples"
 
+    def unreached(self) -> list[str]:
+        # with one task there is nothing to choose from, so that keys and attention have no gradient
+        return []
+
     def keys(self) -> Tensor:
         """Keys of all tasks so far, shape (t, d); the last is trained."""
         return torch.cat([self._old_keys, self.lm.model.sapt_key[None]])
@@ -190,10 +194,18 @@ class _Mixer:
         return (self.attention(embedded) @ keys.T / keys.shape[1] ** 0.5).softmax(-1)
 
     def spread(self, hidden: Tensor, weights: Tensor) -> Tensor:
-        """`hidden`, shape (rows * c, positions, t * r), times the weights of its row, each for r elements."""
+        """`hidden`, shape (rows * c, ..., t * r), times the weights of its row, each for r elements.
+
+        Raises: ValueError where a layer is not given all rows, one after the other.
+        """
+        if hidden.size(0) % weights.size(0):
+            raise ValueError(
+                f"sapt weighs the tasks for each row, and a layer with LoRA is given {hidden.size(0)} inputs of "
+                f"{weights.size(0)} rows: leave the names of experts' layers out of target_modules"
+            )
         weights = weights.repeat_interleave(hidden.size(-1) // weights.size(1), 1)
         weights = weights.repeat_interleave(hidden.size(0) // weights.size(0), 0)
-        return hidden * weights[:, None].to(hidden.dtype)
+        return hidden * weights.unflatten(0, (-1, *[1] * (hidden.dim() - 2))).to(hidden.dtype)
 
     def weigh_last(self, b: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (self.spread(inputs[0], self.weights[:, -1:]),)
