@@ -280,9 +280,11 @@ def test_migu_limits(tiny_models: dict[str, Path]) -> None:
 
 def test_vrmcl_round_is_its_equation(tiny_models: dict[str, Path]) -> None:
     options = VRMCLConfig(inner_lr=0.02, inner_lr_lr=0.1, momentum=0.3, outer_lr=0.05, inner_steps=2)
-    method, rows = start(tiny_models, "vr-mcl", vrmcl=options, max_grad_norm=0.0, steps_per_task=None, epochs=1)
+    # Llama: rounding may put an activation of T5 on the other side of its ReLU
+    method, rows = start(
+        tiny_models, "vr-mcl", "llama", vrmcl=options, max_grad_norm=0.0, steps_per_task=None, epochs=1
+    )
     lm, arena = method.lm, method.arena
-    lm.model.eval()  # the base model has dropout
 
     def gradient(point: Tensor, part: list[Encoded]) -> Tensor:
         before = arena.data.clone()
