@@ -82,7 +82,7 @@ TYPES: dict[str, tuple[Family, dict[str, Any]]] = {
     "mbart": ("encoder-decoder", BART),
     "blenderbot-small": ("encoder-decoder", BART),
     "switch_transformers": ("encoder-decoder", {**T5, "num_experts": 4, "expert_capacity": 512}),
-    "umt5": ("encoder-decoder", T5),
+    "mt5": ("encoder-decoder", T5),
     "roberta": ("encoder", {**BERT, "max_position_embeddings": 514}),
     "distilbert": ("encoder", {"dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2}),
     "modernbert": (
