@@ -43,7 +43,7 @@ def new_adapter(base: Any, family: Family, config: RunConfig, new_layers: Collec
     whole = whole_modules(base, saved)
     # head=cosine does not use a pooler
     unused = [name for name in linear_layers(base) if "pooler" in name.split(".")] if config.head == "cosine" else []
-    targets = target_modules(base, config.target_modules, [*whole, *unused, *new_layers])
+    targets = target_modules(base, family, config.target_modules, [*whole, *unused, *new_layers])
     adapted = [name for name, _ in base.named_modules() if _is_target(name, targets)]
     check_whole(base, saved, whole, adapted)
     check_ranks(config.rank_pattern or {}, adapted)
@@ -60,7 +60,9 @@ def new_adapter(base: Any, family: Family, config: RunConfig, new_layers: Collec
     return get_peft_model(base, lora)
 
 
-def target_modules(base: Any, wanted: list[str] | None, without: Collection[str] = ()) -> list[str] | str:
+def target_modules(
+    base: Any, family: Family, wanted: list[str] | None, without: Collection[str] = ()
+) -> list[str] | str:
     """The layers that get an adapter: `wanted`, or PEFT's choice for the model type (query and value).
 
     `all-linear` is every linear layer but the output layer and those in the modules `without`. Of a model that also
@@ -69,7 +71,7 @@ def target_modules(base: Any, wanted: list[str] | None, without: Collection[str]
     """
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as choices
 
-    part = text_part(base)
+    part = text_part(base, family)
     layers = [layer for layer in linear_layers(base) if part is None or _is_inside(layer, part)]
     listed = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
     if wanted is None:
@@ -93,10 +95,9 @@ def target_modules(base: Any, wanted: list[str] | None, without: Collection[str]
     return [name for name, _ in base.named_modules() if _is_inside(name, part) and _is_target(name, wanted)]
 
 
-def text_part(base: Any) -> str | None:
+def text_part(base: Any, family: Family) -> str | None:
     """Full name of the part for texts of a decoder that also sees or hears, None for others."""
-    config = base.config
-    if config.is_encoder_decoder or text_config(config, "decoder") is config:
+    if text_config(base.config, family) is base.config:
         return None
     decoder = base.get_decoder()
     return next((name for name, module in base.named_modules() if module is decoder), None) or None

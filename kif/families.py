@@ -224,7 +224,7 @@ class LanguageModel(ABC):
 
     def _check_known(self, task: Task, rows: Sequence[Sequence[int]]) -> None:
         """Raise ValueError for a token that the model does not embed, on which a GPU would fail for good."""
-        known = self.base.get_input_embeddings().weight.shape[0]
+        known = known_tokens(self.base)
         highest = max((max(ids) for ids in rows if ids), default=0)
         if highest >= known:
             raise ValueError(
@@ -276,6 +276,21 @@ class LanguageModel(ABC):
 def text_config(config: Any, family: Family) -> Any:
     """A transformers config; of a decoder that also sees or hears, that of its part for texts."""
     return config.get_text_config(decoder=True) if family == "decoder" else config
+
+
+def position_limit(config: Any, family: Family, tokenizer: Any) -> int | None:
+    """The most tokens of a row for which a model of this transformers config has positions; None: any number."""
+    positions: int | None = getattr(text_config(config, family), "max_position_embeddings", None)
+    if family == "encoder" and positions is not None:
+        # some models reserve positions, which their tokenizers know
+        positions = min(positions, tokenizer.model_max_length)
+    return positions
+
+
+def known_tokens(base: Any) -> int:
+    """The number of tokens that a transformers model embeds."""
+    count: int = base.get_input_embeddings().weight.shape[0]
+    return count
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:

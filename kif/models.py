@@ -16,7 +16,7 @@ from kif.adapters import adapter_in_fp32, new_adapter, task_type
 from kif.config import RunConfig
 from kif.decoder import DecoderModel
 from kif.encoder import EncoderModel, union_of_labels
-from kif.families import Family, LanguageModel, text_config
+from kif.families import Family, LanguageModel, known_tokens, position_limit
 from kif.seq2seq import EncoderDecoderModel
 from kif.sharding import shard_base
 from kif.tokenization import check_origin
@@ -219,7 +219,7 @@ def _check_tokenizer(tokenizer: Any, family: Family, name: str) -> None:
 
 
 def _check_padding(tokenizer: Any, base: Any, name: str) -> None:
-    known = base.get_input_embeddings().weight.shape[0]
+    known = known_tokens(base)
     if tokenizer.pad_token_id >= known:
         raise ValueError(
             f"model {name}: the tokenizer's padding token {tokenizer.pad_token!r} has the id {tokenizer.pad_token_id}, "
@@ -228,14 +228,11 @@ def _check_padding(tokenizer: Any, base: Any, name: str) -> None:
 
 
 def _check_lengths(config: RunConfig, family: Family, model_config: Any, tokenizer: Any) -> None:
-    positions = getattr(text_config(model_config, family), "max_position_embeddings", None)
+    positions = position_limit(model_config, family, tokenizer)
     needed, what = config.max_length, "max_length"
     if family == "decoder":
         needed += max(config.max_target_length, config.max_new_tokens)
         what = "max_length and the longer one of max_target_length and max_new_tokens"
-    elif family == "encoder" and positions is not None:
-        # some models reserve positions, which their tokenizers know
-        positions = min(positions, tokenizer.model_max_length)
     if positions is not None and needed > positions:
         raise ValueError(f"{what} come to {needed} tokens, but the model has {positions} positions only")
 

@@ -146,9 +146,9 @@ class ArenaAdamW:
 
     def unreached(self) -> list[str]:
         """Names of the parameters whose gradient was 0 in all steps since `reset`. Waits for the device."""
-        squares = self.arena.views(self.arena.buffer(f"{self.name}.exp_avg_sq"))
-        reached = torch.stack([square.any() for _, square in squares]).tolist()
-        return [segment.name for segment, any_ in zip(self.arena.segments, reached, strict=True) if not any_]
+        names, squares = zip(*self.arena.views(self.arena.buffer(f"{self.name}.exp_avg_sq")), strict=True)
+        reached = torch.stack([square.any() for square in squares]).tolist()
+        return [name for name, some in zip(names, reached, strict=True) if not some]
 
     def _norm(self, shards: dist.ProcessGroup) -> Tensor:
         """The gradient's norm over all shards, float32, 0-d."""

@@ -302,10 +302,11 @@ class KIFMixin:
             raise ValueError("Recurrent-KIF makes the optimizer; pass optimizers=(None, scheduler) or nothing")
         self.memory_dataset = memory_dataset
         self.kif_optimizer: KIFOptimizer
-        # trainers of TRL that take reward functions have them in the second place
-        given = (args, *more) if more else ()
-        kwargs = kwargs if more else {"args": args, **kwargs}
-        super().__init__(model, *given, **kwargs)  # type: ignore[call-arg]
+        if more:
+            super().__init__(model, args, *more, **kwargs)  # type: ignore[call-arg]
+        else:
+            # trainers of TRL that take reward functions have them in the second place
+            super().__init__(model, args=args, **kwargs)  # type: ignore[call-arg]
         trainer: Any = self
         if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             raise ValueError(_sharded("DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP"))

@@ -21,6 +21,7 @@ from kif.config import RunConfig
 from kif.families import Family, LanguageModel
 from kif.methods import METHODS
 from kif.methods.lora_layers import lora_layers
+from kif.methods.sapt import _Mixer
 from kif.models import load_language_model
 from kif.run import evaluate_run, train
 
@@ -168,7 +169,7 @@ def test_every_parameter_gets_a_gradient_recorded_or_not(load: Loader, model_typ
     loss, count = lm.loss(lm.collate(rows))
     (loss / count).backward()
     arena.check()
-    assert not [segment.name for segment, grad in arena.views(arena.grad) if not grad.any()]
+    assert not [name for name, grad in arena.views(arena.grad) if not grad.any()]
     expected = arena.grad.clone()
     arena.zero_grad()
     CapturedSteps(lm, arena, [16], rerun).backward(rows, count)
@@ -196,13 +197,13 @@ def test_answers_do_not_depend_on_the_batch(load: Loader, model_type: str) -> No
 
 @of("encoder-decoder")
 def test_training_begins_answers_as_generate_does(load: Loader, model_type: str) -> None:
-    """A label learned by heart is what `generate` says."""
+    """Given what `generate` said, the passes of training predict it."""
     lm: Any = load(model_type)
     row = lm.encode(TOPICS, TOPICS.train)[0]
     said = lm.model.generate(
         input_ids=torch.tensor([row.input_ids]), max_new_tokens=6, min_new_tokens=6, num_beams=1, do_sample=False
     )[0, 1:].tolist()
-    logits = lm._logits({**lm.collate([replace(row, target=tuple(said))])})
+    logits = lm._logits(lm.collate([replace(row, target=tuple(said))]))
     assert logits[0, 1:-1].argmax(-1).tolist() == said[1:-1]
 
 
@@ -310,6 +311,14 @@ def test_methods_that_reach_into_layers(
     results = train(run_of(model_type, written, tmp_path, method=method, **changes), progress=False)
     scores = evaluate_run(tmp_path / "run", progress=False)["scores"]
     assert scores == [row[-1] for row in results["accuracy"]]
+
+
+def test_sapt_weighs_whole_rows() -> None:
+    mixer = _Mixer.__new__(_Mixer)
+    spread = mixer.spread(torch.ones(6, 2), torch.tensor([[1.0], [2.0]]))
+    assert spread.tolist() == [[1.0, 1.0]] * 3 + [[2.0, 2.0]] * 3
+    with pytest.raises(ValueError, match="given 5 inputs of 2 rows: leave the names of experts' layers out"):
+        mixer.spread(torch.ones(5, 2), torch.tensor([[1.0], [2.0]]))
 
 
 @pytest.mark.parametrize("method", ["recurrent-kif", "seqlora"])

@@ -89,7 +89,10 @@ def test_outer_steps_answer_rows_of_the_memory(
         method, tiny_models["llama"], tmp_path, monkeypatch, gradient_accumulation_steps=accumulation
     )
     trainer.memory_dataset = rows(method, "match", 8)
+    # what TRL keeps where vLLM answers: the step whose weights that has
+    trainer._last_loaded_step = 99
     trainer.train()
+    assert trainer._last_loaded_step == -1
     assert trainer.engine.rounds == 2
     words = [{prompt.split()[0] for prompt in prompts} for prompts in rewarded]
     assert words == [{"market"}, {"market"}, {"match"}, {"match"}] * 2

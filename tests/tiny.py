@@ -33,20 +33,12 @@ def build_tiny(kind: Kind, folder: str | Path) -> Path:
     folder = Path(folder)
     tokenizer = _tokenizer("llama" if kind == "gpt2" else kind)
     tokenizer.save_pretrained(folder)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        model = _model(kind, tokenizer)
-    # random weights of usual size give nearly equal logits
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(8 if kind != "t5" else 1.5)
-    model.save_pretrained(folder)
+    _write_model(lambda: _model(kind, tokenizer), 8 if kind != "t5" else 1.5, folder)
     return folder
 
 
 def build_type(model_type: str, family: Family, folder: str | Path, **config: Any) -> Path:
-    """As `build_tiny`, of any model type of transformers, with fields of its config; without dropout."""
+    """As `build_tiny`, of any model type of transformers, with fields of its config."""
     import transformers
 
     folder = Path(folder)
@@ -61,14 +53,7 @@ def build_type(model_type: str, family: Family, folder: str | Path, **config: An
         "decoder": transformers.AutoModelForCausalLM,
         "encoder": transformers.AutoModel,
     }[family]
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        model = auto.from_config(made)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4 if family != "encoder-decoder" else 2)
-    model.save_pretrained(folder)
+    _write_model(lambda: auto.from_config(made), 4 if family != "encoder-decoder" else 2, folder)
     return folder
 
 
@@ -114,6 +99,18 @@ def rerun(run: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
     """A recording that calls the function again; it runs once before, as graphs do."""
     result = run().clone()
     return lambda: result.copy_(run()), result
+
+
+def _write_model(make: Callable[[], Any], factor: float, folder: Path) -> None:
+    """Write a random model, the same each time: with weights of usual size logits would be nearly equal."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = make()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(factor)
+    model.save_pretrained(folder)
 
 
 def _tokenizer(kind: Kind) -> Any:

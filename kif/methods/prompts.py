@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kif.config import RunConfig
-from kif.families import LanguageModel, text_config
+from kif.families import LanguageModel, position_limit
 from kif.methods.base import METHOD_FILE, load_method_file
 
 
@@ -106,15 +106,12 @@ def check_positions(lm: LanguageModel, config: RunConfig, virtual: int, target: 
         target: further tokens that a decoder-only model may write behind a prompt, where that is more than
             `max_target_length` and `max_new_tokens`.
     """
-    positions = getattr(text_config(lm.base.config, lm.family), "max_position_embeddings", None)
+    positions = position_limit(lm.base.config, lm.family, lm.tokenizer)
     if positions is None:
         return
     needed = virtual + config.max_length
     if lm.family == "decoder":
         needed += max(target, config.max_target_length, config.max_new_tokens)
-    elif lm.family == "encoder":
-        # as in kif.models: some models reserve positions, which their tokenizers know
-        positions = min(positions, lm.tokenizer.model_max_length)
     if needed > positions:
         raise ValueError(
             f"{virtual} virtual tokens bring rows to {needed} tokens, but the model has {positions} positions only; "
