@@ -93,9 +93,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 BASELINES = ("trainer", "per-tensor")
 CONTENDERS = (
     *BASELINES, "kif", "kif-checkpointing", "kif-graph", "kif-bf16", "kif-bf16-compile", "kif-bf16-graph",
-    "kif-bf16-compile-graph", "kif-bf16-liger", "kif-bf16-liger-graph", "kif-bf16-norm-graph",
+    "kif-bf16-compile-graph", "kif-bf16-liger", "kif-bf16-liger-graph", "kif-bf16-norm", "kif-bf16-norm-graph",
+    "kif-bf16-regions", "kif-bf16-regions-graph",
 )  # fmt: skip
 BOOKKEEPING = ("optimizer", "threshold", "fusion")
+PROFILED = 40
+"""Kernels that a profile names."""
 TARGET = 8
 """Tokens of a label."""
 
@@ -156,6 +159,11 @@ class KIF:
             for module in lm.base.modules():
                 if type(module).__name__ in ("T5LayerNorm", "LlamaRMSNorm"):
                     module.forward = partial(_rms_norm, module)
+        if "regions" in parts:
+            # compiled once for all layers of a kind
+            for module in lm.base.modules():
+                if type(module).__name__ in lm.base._no_split_modules:
+                    module.compile()
         if "compile" in parts:
             # one graph for all shapes of batches, as a run would need it
             lm.base.forward = torch.compile(lm.base.forward, dynamic=True)
@@ -244,8 +252,9 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     config = KIFConfig(inner_steps=options.inner_steps, outer_steps=options.outer_steps)
     steps = config.inner_steps + config.outer_steps
     parts: dict[str, float] = {}
+    profile: dict[str, Any] | None = None
     if options.only == "trainer":
-        rounds = _trainer(lm, options, steps)
+        rounds, peak, profile = _trainer(lm, options, steps)
     else:
         watch = Stopwatch()
         own = _bookkeeping(options.only, lm, config, watch)
@@ -263,6 +272,9 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
             else:
                 rounds.append((time.perf_counter() - begun) * 1e3)
         after = watch.seconds()
+        peak = _peak(device)
+        if options.profile:
+            profile = profiled(device, lambda: train_round(lm, own, config, lambda: rows, Stopwatch()))
         parts = {name: (after[name] - before.get(name, 0.0)) * 1e3 / options.rounds for name in after}
         parts["other"] = statistics.fmean(rounds) - sum(parts.values())
     median = statistics.median(rounds)
@@ -272,7 +284,8 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_second": 1e3 * steps * options.batch * (options.length + TARGET) / median,
         "parts_ms": parts,
         "bookkeeping_share": 100.0 * sum(parts.get(name, 0.0) for name in BOOKKEEPING) / median if parts else None,
-        "peak_bytes": _peak(device),
+        "peak_bytes": peak,
+        **({"profile": profile} if profile else {}),
     }
 
 
@@ -280,24 +293,34 @@ def _bookkeeping(name: str, lm: LanguageModel, config: KIFConfig, watch: Stopwat
     return PerTensor(lm, config, watch) if name == "per-tensor" else KIF(lm, config, watch, name)
 
 
-def _trainer(lm: LanguageModel, options: argparse.Namespace, steps: int) -> list[float]:
-    """Milliseconds of each `steps` steps of transformers' Trainer after as many to warm up."""
+def _trainer(
+    lm: LanguageModel, options: argparse.Namespace, steps: int
+) -> tuple[list[float], int, dict[str, Any] | None]:
+    """Milliseconds of each `steps` steps of transformers' Trainer after as many to warm up; peak memory; a profile."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     times: list[float] = []
+    peaks: list[int] = []
+    profiler = _profiler(lm.device)
+    last = steps * (options.rounds + 1)
 
     class Clock(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step % steps == 0:
                 synchronize(lm.device)
                 times.append(time.perf_counter())
+            if state.global_step == last:
+                peaks.append(_peak(lm.device))
+                if options.profile:
+                    profiler.start()
 
-    rows = rows_of(options.batch * steps * (options.rounds + 1), options.length, 1)
+    count = last + steps * options.profile
+    rows = rows_of(options.batch * count, options.length, 1)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
             per_device_train_batch_size=options.batch,
-            max_steps=steps * (options.rounds + 1),
+            max_steps=count,
             learning_rate=LR,
             bf16=options.precision == "bf16",
             use_cpu=lm.device.type == "cpu",
@@ -308,7 +331,43 @@ def _trainer(lm: LanguageModel, options: argparse.Namespace, steps: int) -> list
             dataloader_pin_memory=lm.device.type == "cuda",
         )
         Trainer(lm.model, arguments, train_dataset=[_features(lm, row) for row in rows], callbacks=[Clock()]).train()
-    return [(b - a) * 1e3 for a, b in itertools.pairwise(times)]
+    found = None
+    if options.profile:
+        synchronize(lm.device)
+        profiler.stop()
+        found = _kernels(lm.device, profiler)
+    return [(b - a) * 1e3 for a, b in itertools.pairwise(times[: options.rounds + 1])], peaks[0], found
+
+
+def profiled(device: torch.device, run: Callable[[], Any]) -> dict[str, Any]:
+    """What `run` does on the device: milliseconds and launches in all, and of the kernels that take longest.
+
+    On a CPU torch's operations stand for kernels.
+    """
+    with _profiler(device) as profiler:
+        run()
+        synchronize(device)
+    return _kernels(device, profiler)
+
+
+def _profiler(device: torch.device) -> torch.profiler.profile:
+    activity = torch.profiler.ProfilerActivity
+    return torch.profiler.profile(activities=[activity.CUDA if device.type == "cuda" else activity.CPU])
+
+
+def _kernels(device: torch.device, profiler: torch.profiler.profile) -> dict[str, Any]:
+    gpu = device.type == "cuda"
+    found = [
+        (event.self_device_time_total if gpu else event.self_cpu_time_total, event.count, event.key)
+        for event in profiler.key_averages()
+        if (event.device_type != torch.autograd.DeviceType.CPU) == gpu and not event.is_user_annotation
+    ]
+    found.sort(reverse=True)
+    return {
+        "device_ms": sum(us for us, _, _ in found) / 1e3,
+        "launches": sum(count for _, count, _ in found),
+        "kernels": [{"name": name[:160], "count": count, "ms": us / 1e3} for us, count, name in found[:PROFILED]],
+    }
 
 
 def _features(lm: LanguageModel, row: Encoded) -> dict[str, list[int]]:
@@ -382,6 +441,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the base model")
     parser.add_argument("--dropout", action="store_true", help="of Appendix D (LoRA, 0.05) and T5 (0.1)")
+    parser.add_argument("--profile", action="store_true", help="one round more, of which kernels' times are written")
     parser.add_argument("--trajectory", type=int, metavar="STEPS", help="compare losses over so many steps instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
     parser.add_argument("--only", choices=CONTENDERS, help=argparse.SUPPRESS)

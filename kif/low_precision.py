@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +31,7 @@ class BF16Adapter:
         from peft.tuners.lora import LoraLayer
 
         self.arena = arena
-        self.shadow = arena.data.to(torch.bfloat16)
-        # not at the base: PEFT before 0.21 calls its `forward`, past its hooks
-        lm.model.register_forward_pre_hook(self._refresh)
+        self._layers: list[tuple[Segment, _Linear]] = []
         for module in lm.model.modules():
             if isinstance(module, LoraLayer):
                 module.cast_input_dtype_enabled = False
@@ -46,17 +43,33 @@ class BF16Adapter:
                 and isinstance(module, nn.Linear)
                 and owner.split(".")[-2:-1] in (["lora_A"], ["lora_B"])
             ):
-                module.forward = partial(self._linear, module, segment)  # type: ignore[method-assign]
+                # a class of its own and not a function for each layer, which torch.compile would trace for each layer
+                module.__class__ = _Linear
+                self._layers.append((segment, cast(_Linear, module)))
+        self._round()
+        # not at the base: PEFT before 0.21 calls its `forward`, past its hooks
+        lm.model.register_forward_pre_hook(self._refresh)
 
     def _refresh(self, model: nn.Module, inputs: Any) -> None:
         if model.training:
-            # a new tensor: the pass before may still wait for its backward
-            self.shadow = self.arena.data.to(torch.bfloat16)
+            self._round()
 
-    def _linear(self, module: nn.Linear, segment: Segment, x: Tensor) -> Tensor:
-        if module.training and x.dtype == torch.bfloat16:
-            return F.linear(x, _Shadow.apply(module.weight, segment.view(self.shadow)))
-        return F.linear(x.to(module.weight.dtype), module.weight)
+    def _round(self) -> None:
+        # a new tensor: the pass before may still wait for its backward
+        self.shadow = self.arena.data.to(torch.bfloat16)
+        for segment, layer in self._layers:
+            layer.shadow = segment.view(self.shadow)
+
+
+class _Linear(nn.Linear):
+    """A layer of LoRA; `shadow`: its weight in bf16, of the present forward pass."""
+
+    shadow: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.dtype == torch.bfloat16:
+            return F.linear(x, _Shadow.apply(self.weight, self.shadow))
+        return F.linear(x.to(self.weight.dtype), self.weight)
 
 
 class _Shadow(torch.autograd.Function):
