@@ -7,8 +7,8 @@ Contenders: `trainer`, LoRA replay by transformers' Trainer and PEFT; `per-tenso
 with plain PyTorch, one tensor after the other; `kif`, the same with the arena and its fused operations, and `kif-` with
 parts: `bf16`, the adapter's products in bf16 too (`adapter_precision`, for --precision bf16); `checkpointing`, gradient
 checkpointing; `graph`, forward and backward replayed as a CUDA graph (`cuda_graphs`), which counts as backward;
-`compile`, the model by torch.compile, `liger`, the model's layers by liger-kernel (Llama-like, installed), and `norm`,
-its norms as one operation of torch each, none of which the product does. All make the same number of optimizer steps on
+`compile`, the layers by torch.compile (`torch_compile`); and `liger`, the layers by liger-kernel (Llama-like,
+installed), which the product does not do. All make the same number of optimizer steps on
 rows of the same length. What differs by design: this package computes logits where there are labels only, the Trainer
 at all places, and the Trainer's attention may be cuDNN's (`kif.attention`). Weights are random, which does not matter
 for time. Each contender runs in a process of its own, in turn, so that its peak memory is its own. With
@@ -28,13 +28,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.baselines import PerTensorKthvalue
@@ -48,6 +46,7 @@ from kif.decoder import DecoderModel
 from kif.engine import RecurrentKIF
 from kif.families import Encoded, LanguageModel
 from kif.generative import IGNORE
+from kif.layers import compile_layers, fuse_norms
 from kif.low_precision import BF16Adapter
 from kif.models import checkpoint_layers
 from kif.seq2seq import EncoderDecoderModel
@@ -93,7 +92,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 BASELINES = ("trainer", "per-tensor")
 CONTENDERS = (
     *BASELINES, "kif", "kif-checkpointing", "kif-graph", "kif-bf16", "kif-bf16-compile", "kif-bf16-graph",
-    "kif-bf16-compile-graph", "kif-bf16-liger", "kif-bf16-liger-graph", "kif-bf16-norm", "kif-bf16-norm-graph",
+    "kif-bf16-compile-graph", "kif-bf16-liger", "kif-bf16-liger-graph",
     "kif-bf16-regions", "kif-bf16-regions-graph",
 )  # fmt: skip
 BOOKKEEPING = ("optimizer", "threshold", "fusion")
@@ -155,18 +154,13 @@ class KIF:
 
             # the loss is taken at label positions only, on logits
             _apply_liger_kernel_to_instance(model=lm.base, fused_linear_cross_entropy=False)
-        if "norm" in parts:
-            for module in lm.base.modules():
-                if type(module).__name__ in ("T5LayerNorm", "LlamaRMSNorm"):
-                    module.forward = partial(_rms_norm, module)
         if "regions" in parts:
             # compiled once for all layers of a kind
             for module in lm.base.modules():
                 if type(module).__name__ in lm.base._no_split_modules:
                     module.compile()
         if "compile" in parts:
-            # one graph for all shapes of batches, as a run would need it
-            lm.base.forward = torch.compile(lm.base.forward, dynamic=True)
+            compile_layers(lm.base)
         self.captured = CapturedSteps(lm, arena, []) if "graph" in parts else None
         self.engine = RecurrentKIF(arena, config)
         self.engine.stopwatch = watch
@@ -176,10 +170,6 @@ class KIF:
 
     def fuse(self) -> None:
         self.engine.fuse()
-
-
-def _rms_norm(module: Any, x: Tensor) -> Tensor:
-    return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
 
 
 class PerTensor:
@@ -290,6 +280,9 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _bookkeeping(name: str, lm: LanguageModel, config: KIFConfig, watch: Stopwatch) -> KIF | PerTensor:
+    if lm.device.type == "cuda":
+        # as when `kif train` loads a model
+        fuse_norms(lm.base)
     return PerTensor(lm, config, watch) if name == "per-tensor" else KIF(lm, config, watch, name)
 
 

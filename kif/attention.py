@@ -1,11 +1,14 @@
-"""Attention without cuDNN, whose gradients can be NaN."""
+"""Attention without cuDNN, whose gradients can be NaN, and T5's in the layout that fast implementations take."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -21,3 +24,20 @@ def without_cudnn() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def contiguous_position_bias(base: nn.Module) -> None:
+    """Have T5's position bias laid out by rows.
+
+    It comes as a transposed view, and what is made of it in transformers before 5.2x is one, too; torch's attention
+    takes no such mask but in its slow implementation, in fp32 and with all scores in memory.
+    """
+    modules: Iterable[Any] = base.modules()
+    for module in modules:
+        if hasattr(module, "compute_bias"):
+            module.compute_bias = partial(_contiguous, module.compute_bias)
+
+
+def _contiguous(compute: Any, *args: Any, **kwargs: Any) -> Tensor:
+    bias: Tensor = compute(*args, **kwargs)
+    return bias.contiguous()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kif.arena import ParameterArena
 from kif.attention import without_cudnn
-from kif.families import Batch, Encoded, LanguageModel, pinned
+from kif.families import IGNORE, Batch, Encoded, LanguageModel, pinned
 
 WARM_UP = 3
 """Passes before recording, in which libraries choose algorithms and allocate; as many as in torch's documentation."""
@@ -75,6 +75,9 @@ class CapturedSteps:
         # where nothing is masked transformers leaves the mask out, but not while a graph is recorded: the passes to
         # warm up must be the same ones. Replays begin with rows of their own
         inputs["attention_mask"][..., 0] = 0
+        if self.lm.family == "encoder-decoder":
+            # of these the decoder's mask is made
+            inputs["labels"][:, -2:] = IGNORE
         count = torch.ones((), device=device)
 
         def run() -> Tensor:

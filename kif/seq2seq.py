@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kif.attention import contiguous_position_bias
 from kif.families import IGNORE, Batch, Encoded, pad, to_device
 from kif.generative import GenerativeModel, fixed_cross_entropy, log_likelihood, summed_cross_entropy
 from kif.tasks import Task
@@ -18,6 +19,10 @@ class EncoderDecoderModel(GenerativeModel):
     """T5-like. A target is the label as the tokenizer writes target texts, with EOS."""
 
     family = "encoder-decoder"
+
+    def __init__(self, model: Any, tokenizer: Any, *, max_length: int, max_target_length: int) -> None:
+        super().__init__(model, tokenizer, max_length=max_length, max_target_length=max_target_length)
+        contiguous_position_bias(self.base)
 
     def _targets(self, task: Task, labels: Sequence[str]) -> list[tuple[int, ...]]:
         encoding = self.tokenizer(text_target=list(labels), return_attention_mask=False, verbose=False)
@@ -32,18 +37,21 @@ class EncoderDecoderModel(GenerativeModel):
         return summed_cross_entropy(self._logits(inputs), batch["labels"])
 
     def fixed_loss(self, batch: Batch) -> Tensor:
-        return fixed_cross_entropy(self._logits(batch), batch["labels"])
+        # what follows a row's label bears no loss; with a mask transformers does the same whatever it holds
+        mask = F.pad((batch["labels"][:, :-1] != IGNORE).long(), (1, 0), value=1)
+        return fixed_cross_entropy(self._logits(batch, decoder_attention_mask=mask), batch["labels"])
 
     def _fixed_batch(self, rows: Sequence[Encoded]) -> Batch:
         return {**self._padded_inputs(rows, "right", fixed=True), "labels": self._fixed_labels(rows)}
 
-    def _logits(self, batch: Batch) -> Tensor:
+    def _logits(self, batch: Batch, **more: Tensor) -> Tensor:
         """Logits at all positions of the labels, of a batch on the device."""
         logits: Tensor = self.model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             decoder_input_ids=self._decoder_inputs(batch["labels"]),
             use_cache=False,
+            **more,
         ).logits
         return logits
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -42,7 +43,9 @@ def adamw_kernel(
     lr,
     bias1,
     log2_beta1,
+    log2_beta1_rest,
     log2_beta2,
+    log2_beta2_rest,
     weight_decay,
     eps,
     c1,
@@ -68,8 +71,9 @@ def adamw_kernel(
         keep = (1.0 - tl.cast(lr, tl.float64) * weight_decay).to(tl.float32)
     if step_ptr is not None:
         step = tl.maximum(tl.load(step_ptr), 1.0)
-        bias1 = 1.0 - tl.exp2(step * log2_beta1)
-        root_bias2 = tl.sqrt(1.0 - tl.exp2(step * log2_beta2)).to(tl.float32)
+        # arguments arrive in float32
+        bias1 = 1.0 - tl.exp2(step * (tl.cast(log2_beta1, tl.float64) + log2_beta1_rest))
+        root_bias2 = tl.sqrt(1.0 - tl.exp2(step * (tl.cast(log2_beta2, tl.float64) + log2_beta2_rest))).to(tl.float32)
     if lr_ptr is not None or step_ptr is not None:
         rate = (tl.cast(lr, tl.float64) / bias1).to(tl.float32)
     if histogram_ptr is not None:
@@ -182,8 +186,8 @@ def adamw_importance_(
         root_bias2,
         lr,
         bias1,
-        _log2(beta1),
-        _log2(beta2),
+        *_log2(beta1),
+        *_log2(beta2),
         weight_decay,
         eps,
         *lerp_weight(1.0 - beta1),
@@ -198,6 +202,8 @@ def adamw_importance_(
     )
 
 
-def _log2(beta: float) -> float:
-    """log2, with a stand-in for 0 whose power vanishes."""
-    return math.log2(beta) if beta > 0.0 else -1e30
+def _log2(beta: float) -> tuple[float, float]:
+    """log2 as a sum of two float32, with a stand-in for 0 whose power vanishes."""
+    exact = math.log2(beta) if beta > 0.0 else -1e30
+    rounded = torch.tensor(exact, dtype=torch.float32).item()
+    return rounded, exact - rounded

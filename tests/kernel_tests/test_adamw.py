@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from dataclasses import dataclass
 
 import pytest
@@ -283,7 +284,7 @@ def test_error_over_many_hyperparameters(device: torch.device, on_device: bool) 
     (mean, largest), (their_mean, their_largest) = (totals / count).tolist()
     # the interpreter computes with numpy, which fuses no multiply-add as the device and most CPUs do; PyTorch's own
     # mean is 0.657 half ulps on one CPU, 0.663 or 0.686 on others
-    margin = 1.01 if device.type == "cuda" else 1.03
+    margin = 1.03 if os.environ.get("TRITON_INTERPRET") == "1" else 1.001
     assert mean <= margin * their_mean, f"mean error {mean:.3f} half ulps, plain PyTorch {their_mean:.3f}"
     assert largest <= margin * their_largest, f"largest error {largest:.2f}, plain PyTorch {their_largest:.2f}"
 

@@ -1,0 +1,72 @@
+"""The base model's layers in fewer passes over memory: norms in one operation, whole layers by torch.compile."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PROGRAMS = 64
+"""Programs that torch.compile may make: a kind of layer needs one for each choice of arguments and gradients."""
+
+
+def fuse_norms(base: nn.Module) -> int:
+    """Have the model's RMS norms computed by one operation of torch each; returns how many.
+
+    x / sqrt(mean(x^2) + eps) * weight, in fp32 within, rounded once at the end. transformers' modules for it are chains
+    of six or more operations. Taken are those that have just a `weight` and a `variance_epsilon`, as the norms of T5,
+    Llama and their like, and that are seen to compute this; inputs of another dtype than the weight go the old way.
+    """
+    norms: list[Any] = [module for module in base.modules() if _is_rms_norm(module)]
+    for norm in norms:
+        # a class and not a function for each module, which torch.compile would trace for each
+        kind: Any = type(norm)
+        norm.__class__ = _fused(kind)
+    return len(norms)
+
+
+def compile_layers(base: nn.Module) -> None:
+    """Have the model's layers compiled by torch.compile when they first run in training mode; once for all that are
+    alike, and for all lengths and sizes of batches. In evaluation mode they run as they are.
+
+    Raises: ValueError for a model without layers that transformers could checkpoint, by which they are known.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers: list[Any] = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(f"{type(base).__name__} has no layers that torch_compile knows: leave it out")
+    # layers of all kinds may share a function; beyond the limit torch runs what it has no program for as it is
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, PROGRAMS)
+    for layer in layers:
+        compiled = torch.compile(layer.forward, dynamic=True)
+        layer.forward = partial(_in_training, layer, compiled, layer.forward)
+
+
+def _in_training(layer: nn.Module, compiled: Any, plain: Any, *args: Any, **kwargs: Any) -> Any:
+    return (compiled if layer.training else plain)(*args, **kwargs)
+
+
+@torch.no_grad()
+def _is_rms_norm(module: nn.Module) -> bool:
+    parameters = dict(module.named_parameters())
+    weight, eps = parameters.get("weight"), getattr(module, "variance_epsilon", None)
+    if weight is None or len(parameters) > 1 or weight.dim() != 1 or not isinstance(eps, float):
+        return False
+    x = torch.linspace(-2.0, 3.0, 2 * weight.numel(), device=weight.device).view(2, -1).to(weight.dtype)
+    own, fused = module(x), F.rms_norm(x, weight.shape, weight, eps)
+    # the chains round up to three times
+    return own.dtype == fused.dtype and torch.allclose(own, fused, rtol=4 * torch.finfo(x.dtype).eps, atol=1e-30)
+
+
+@cache
+def _fused(kind: Any) -> Any:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if x.dtype != self.weight.dtype:
+            return kind.forward(self, x)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
