@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in calls of at most 10 minutes and without a network:
 #
-#     benchmarks/gpu.sh OUT [DEVICE] [kernels|graphs|steps|shapes|compile|decode]
+#     benchmarks/gpu.sh OUT [DEVICE] [kernels|steps|shapes|decode]
 #
-# In this order while time lasts; the first three take about 25 minutes. What a part measures is in OUT as soon as it is
+# In this order while time lasts; the first three take about 20 minutes. What a part measures is in OUT as soon as it is
 # known: one that fails, or that its time is up for, costs no other.
 #
 # kernels (the default): correctness of every kernel on the device, microbenchmarks, the regression gate (its self-test,
@@ -11,24 +11,22 @@
 # JSON, tables and the roofline plot to OUT. Needs torch, triton, pytest and hypothesis; a plain checkout will do. The
 # static contract needs no GPU: python -m benchmarks.contract.
 #
-# graphs: that recorded passes are the launched ones, on tiny models; then rounds of training (benchmarks.train_step) at
-# the shapes of T5-large and LLaMA-2 7B by transformers' Trainer, by kif, with the adapter's products in bf16, with
-# passes replayed as CUDA graphs, with norms as single operations, with liger-kernel where it is installed, with gradient
-# checkpointing. Needs transformers and peft, the tests pytest and hypothesis, the Trainer accelerate too.
+# steps: that recorded passes, liger-kernel and compiled layers give what launched and plain ones give, on tiny models; then
+# rounds of training (benchmarks.train_step) at the shapes of T5-large and LLaMA-2 7B by transformers' Trainer, by kif
+# with per-tensor bookkeeping, with its own, with the adapter's products in bf16, with CUDA graphs, with liger-kernel
+# where it is installed, with torch.compile; and the loss trajectory with graphs. Needs transformers and peft, the tests
+# pytest and hypothesis, the Trainer accelerate too.
 #
-# steps: the same rounds against the Trainer and per-tensor bookkeeping, and the loss trajectory of the last two.
+# shapes: FLAN-T5-XL, and LLaMA-2 13B with 4 rows. Everywhere dropout is that of Appendix D but for the trajectory.
 #
-# shapes: FLAN-T5-XL, and LLaMA-2 13B with 4 rows. Everywhere dropout is that of Appendix D but for the trajectories.
-#
-# compile: T5-large with torch.compile inside the graphs, which takes minutes to trace. decode: short answers with a
-# static cache, for which transformers compiles the decoding step.
+# decode: short answers with a static cache, for which transformers compiles the decoding step.
 #
 # DEVICE=cpu tries the script itself on a machine without a GPU, with tiny sizes.
 set -uo pipefail
 out=${1:?usage: benchmarks/gpu.sh OUT [DEVICE]}
 device=${2:-cuda} part=${3:-kernels}
 case $part in
-  kernels | graphs | steps | shapes | compile | decode) ;;
+  kernels | steps | shapes | decode) ;;
   *) echo "there is no part $part" >&2 && exit 2 ;;
 esac
 mkdir -p "$out"
@@ -59,7 +57,7 @@ else
   "$python" -c "import torch; assert torch.cuda.is_available(), 'torch finds no GPU'" || exit 1
   tests=("$python" -m pytest -v tests/kernel_tests)
   # most of the time goes into compiling, which takes one core for each process
-  "$python" -c "import xdist" 2>/dev/null && tests+=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
+  "$python" -c "import xdist" 2>/dev/null && tests+=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
   sets=t5-large,256M,llama2-7b-all,llama2-7b,llama2-13b,1B budget=130 gate_options=(--rounds 2 --budget 10)
   profile=true
 fi
@@ -79,32 +77,21 @@ step() {
 
 real=(--precision bf16 --dropout)
 
-if [ "$part" = graphs ]; then
-  if [ "$device" = cpu ]; then
-    stage captured 120 "$python" -m pytest -q tests/test_captured.py -k "few_shapes or gpu"
-    step graphs 120 --model tiny-t5 --precision bf16 --length 32 --rounds 2 --contenders kif kif-bf16
-  else
-    liger=()
-    "$python" -c "import liger_kernel" 2>/dev/null && liger=(kif-bf16-liger kif-bf16-liger-graph)
-    stage captured 60 "$python" -m pytest -v tests/test_captured.py -k gpu
-    step graphs 160 --model t5-large "${real[@]}" --rounds 5 --contenders \
-      trainer kif-bf16-graph kif kif-bf16 kif-bf16-norm-graph
-    step graphs-trajectory 90 --model t5-large --precision bf16 --length 128 --trajectory 200 --contenders kif-bf16-graph
-    step llama2-7b-graphs 260 --model llama2-7b "${real[@]}" --rounds 2 --contenders \
-      trainer kif-bf16-graph kif-bf16 kif-bf16-norm-graph "${liger[@]}" kif kif-checkpointing
-  fi
-  finish
-fi
-
 if [ "$part" = steps ]; then
   if [ "$device" = cpu ]; then
-    step tiny-t5 60 --model tiny-t5 --length 32 --rounds 2
+    stage paths 120 "$python" -m pytest -q tests/test_captured.py -k "few_shapes or gpu"
+    step t5 120 --model tiny-t5 --precision bf16 --length 32 --rounds 2 --profile --contenders trainer kif-bf16
     step trajectory 60 --model tiny-t5 --length 16 --batch 2 --trajectory 48
   else
-    step t5-large 150 --model t5-large "${real[@]}" --turns 2
-    step t5-large-m1 90 --model t5-large "${real[@]}" --outer-steps 1 --contenders per-tensor kif
-    step trajectory 90 --model t5-large --precision fp32 --length 128 --trajectory 200
-    step llama2-7b 140 --model llama2-7b "${real[@]}" --rounds 2
+    liger=()
+    "$python" -c "import liger_kernel" 2>/dev/null && liger=(kif-bf16-liger)
+    stage paths 100 "$python" -m pytest -v tests/test_captured.py tests/test_layers.py -k gpu
+    step t5-large 180 --model t5-large "${real[@]}" --profile --contenders trainer kif-bf16-graph kif-bf16 kif per-tensor
+    step t5-large-m1 60 --model t5-large "${real[@]}" --outer-steps 1 --contenders trainer kif-bf16-graph
+    step trajectory 90 --model t5-large --precision bf16 --length 128 --trajectory 200 --contenders kif-bf16-graph
+    # compiled last: it takes longest to begin
+    step llama2-7b 280 --model llama2-7b "${real[@]}" --rounds 2 --profile --contenders \
+      trainer "${liger[@]}" kif-bf16 per-tensor kif kif-bf16-compile
   fi
   finish
 fi
@@ -113,17 +100,10 @@ if [ "$part" = shapes ]; then
   if [ "$device" = cpu ]; then
     step shapes 120 --model tiny-llama "${real[@]}" --outer-steps 1 --length 32 --rounds 2 --contenders trainer kif-bf16
   else
-    step flan-t5-xl 220 --model flan-t5-xl "${real[@]}" --contenders trainer kif-bf16 kif-bf16-graph
-    step llama2-13b 270 --model llama2-13b "${real[@]}" --batch 4 --rounds 2 --contenders trainer kif-bf16 kif-bf16-graph
-  fi
-  finish
-fi
-
-if [ "$part" = compile ]; then
-  if [ "$device" = cpu ]; then
-    step compile 300 --model tiny-t5 --precision bf16 --length 32 --rounds 2 --contenders kif kif-bf16 kif-bf16-compile
-  else
-    step compile 560 --model t5-large "${real[@]}" --contenders kif-bf16-graph kif-bf16-compile-graph
+    best=kif-bf16
+    "$python" -c "import liger_kernel" 2>/dev/null && best=kif-bf16-liger
+    step flan-t5-xl 120 --model flan-t5-xl "${real[@]}" --rounds 2 --contenders trainer kif-bf16-graph
+    step llama2-13b 180 --model llama2-13b "${real[@]}" --batch 4 --rounds 2 --contenders trainer $best
   fi
   finish
 fi

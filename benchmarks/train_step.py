@@ -7,11 +7,11 @@ Contenders: `trainer`, LoRA replay by transformers' Trainer and PEFT; `per-tenso
 with plain PyTorch, one tensor after the other; `kif`, the same with the arena and its fused operations, and `kif-` with
 parts: `bf16`, the adapter's products in bf16 too (`adapter_precision`, for --precision bf16); `checkpointing`, gradient
 checkpointing; `graph`, forward and backward replayed as a CUDA graph (`cuda_graphs`), which counts as backward;
-`compile`, the layers by torch.compile (`torch_compile`); and `liger`, the layers by liger-kernel (Llama-like,
-installed), which the product does not do. All make the same number of optimizer steps on
-rows of the same length. What differs by design: this package computes logits where there are labels only, the Trainer
-at all places, and the Trainer's attention may be cuDNN's (`kif.attention`). Weights are random, which does not matter
-for time. Each contender runs in a process of its own, in turn, so that its peak memory is its own. With
+`compile`, the layers by torch.compile (`torch_compile`); `liger`, parts of them by liger-kernel (`use_liger_kernel`).
+All make the same number of optimizer steps on rows of the same length. What differs by design: this package computes
+logits where there are labels only, the Trainer at all places; on a GPU its norms are one operation (`kif.layers`); T5's
+position bias lies in rows; and the Trainer's attention may be cuDNN's (`kif.attention`). Weights are random, which does
+not matter for time. Each contender runs in a process of its own, in turn, so that its peak memory is its own. With
 --trajectory the losses of `per-tensor` and another contender on the same rows from the same weights are compared
 instead.
 """
@@ -46,7 +46,7 @@ from kif.decoder import DecoderModel
 from kif.engine import RecurrentKIF
 from kif.families import Encoded, LanguageModel
 from kif.generative import IGNORE
-from kif.layers import compile_layers, fuse_norms
+from kif.layers import compile_layers, fuse_norms, use_liger
 from kif.low_precision import BF16Adapter
 from kif.models import checkpoint_layers
 from kif.seq2seq import EncoderDecoderModel
@@ -93,7 +93,6 @@ BASELINES = ("trainer", "per-tensor")
 CONTENDERS = (
     *BASELINES, "kif", "kif-checkpointing", "kif-graph", "kif-bf16", "kif-bf16-compile", "kif-bf16-graph",
     "kif-bf16-compile-graph", "kif-bf16-liger", "kif-bf16-liger-graph",
-    "kif-bf16-regions", "kif-bf16-regions-graph",
 )  # fmt: skip
 BOOKKEEPING = ("optimizer", "threshold", "fusion")
 PROFILED = 40
@@ -150,15 +149,7 @@ class KIF:
                 raise ValueError(f"{name} needs --precision bf16")
             BF16Adapter(lm, arena)
         if "liger" in parts:
-            from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
-            # the loss is taken at label positions only, on logits
-            _apply_liger_kernel_to_instance(model=lm.base, fused_linear_cross_entropy=False)
-        if "regions" in parts:
-            # compiled once for all layers of a kind
-            for module in lm.base.modules():
-                if type(module).__name__ in lm.base._no_split_modules:
-                    module.compile()
+            use_liger(lm.base)
         if "compile" in parts:
             compile_layers(lm.base)
         self.captured = CapturedSteps(lm, arena, []) if "graph" in parts else None

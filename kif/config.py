@@ -386,6 +386,8 @@ class RunConfig:
         torch_compile: have torch.compile make one program of each kind of layer, for all lengths; takes half a minute
             or more when training begins. The same result up to rounding and the draws of dropout. For the same methods
             as cuda_graphs, and not with the same options; the two work together.
+        use_liger_kernel: rotary positions and gated feed-forwards by liger-kernel (pip install "recurrent-kif[liger]"),
+            for Llama and its like on a GPU: less memory and time, the same result up to rounding.
         warmup_steps: inner steps of linear warm-up in each task; at most a tenth of the task's steps are used.
         weight_decay: decoupled weight decay of AdamW.
         beta1: AdamW decay of the first moment.
@@ -464,6 +466,7 @@ class RunConfig:
     gradient_checkpointing: bool = False
     cuda_graphs: bool = False
     torch_compile: bool = False
+    use_liger_kernel: bool = False
     warmup_steps: int = 50
     weight_decay: float = 0.0
     beta1: float = 0.9

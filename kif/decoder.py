@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -65,10 +66,23 @@ class DecoderModel(GenerativeModel):
         }
 
     def loss(self, batch: Batch) -> tuple[Tensor, int]:
-        inputs = self._to_device({name: batch[name] for name in ("input_ids", "attention_mask")})
-        prompt = self._to_device({"mask": batch["attention_mask"] * (batch["labels"] == IGNORE)})
-        self._announce(inputs["input_ids"], prompt["mask"])
+        inputs = self._to_device({"input_ids": batch["input_ids"]})
+        if self.listeners:
+            prompt = self._to_device({"mask": batch["attention_mask"] * (batch["labels"] == IGNORE)})
+            self._announce(inputs["input_ids"], prompt["mask"])
+        if not self._looks_back_only:
+            inputs |= self._to_device({"attention_mask": batch["attention_mask"]})
         return summed_cross_entropy(*self._predictions(inputs, batch["labels"]))
+
+    @cached_property
+    def _looks_back_only(self) -> bool:
+        """Whether tokens never see what follows them, by torch's attention: padding on the right then needs no mask,
+        and without one attention takes its fastest implementation, which also leaves out what is not seen."""
+        marks = [
+            module.is_causal for module in self.base.modules() if isinstance(getattr(module, "is_causal", None), bool)
+        ]
+        config = text_config(self.base.config, self.family)
+        return getattr(config, "_attn_implementation", None) == "sdpa" and bool(marks) and all(marks)
 
     def _predictions(self, inputs: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(logits, what they predict) at the positions that predict a label in some row; labels are on the CPU."""

@@ -16,7 +16,10 @@ from kif.config import RunConfig
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No space left on the device, in the quota, or under the limit on the size of a file."""
 
-RETRY = ("gradient_accumulation", "gradient_checkpointing", "cuda_graphs", "torch_compile", "eval_batch_size")
+RETRY = (
+    "gradient_accumulation", "gradient_checkpointing", "cuda_graphs", "torch_compile", "use_liger_kernel",
+    "eval_batch_size",
+)  # fmt: skip
 """Fields of RunConfig that change memory use and, up to rounding and the draws of dropout, nothing else: a run may be
 resumed with others."""
 

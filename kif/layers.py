@@ -1,7 +1,8 @@
-"""The base model's layers in fewer passes over memory: norms in one operation, whole layers by torch.compile."""
+"""The base model's layers in fewer passes over memory: fused norms, liger-kernel's operations, torch.compile."""
 
 from __future__ import annotations
 
+import importlib.util
 from functools import cache, partial
 from typing import Any
 
@@ -26,6 +27,28 @@ def fuse_norms(base: nn.Module) -> int:
         kind: Any = type(norm)
         norm.__class__ = _fused(kind)
     return len(norms)
+
+
+def use_liger(base: Any) -> None:
+    """Have liger-kernel compute what it has kernels for in this model: rotary positions and gated feed-forwards.
+
+    Norms stay with `fuse_norms`, and the loss with the model, since logits are taken at label positions only.
+
+    Raises: ValueError without liger-kernel, for a model that is not on a GPU, for a model type that it does not know.
+    """
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise ValueError('use_liger_kernel needs liger-kernel: pip install "recurrent-kif[liger]"')
+    device = next(base.parameters()).device
+    if device.type != "cuda":
+        raise ValueError(f"use_liger_kernel needs a GPU, the model is on {device}: leave it out")
+    from liger_kernel.transformers import monkey_patch
+
+    kind = base.config.model_type
+    if kind not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ValueError(f"liger-kernel has nothing for model type {kind!r}: leave use_liger_kernel out")
+    monkey_patch._apply_liger_kernel_to_instance(
+        model=base, rms_norm=False, cross_entropy=False, fused_linear_cross_entropy=False
+    )
 
 
 def compile_layers(base: nn.Module) -> None:
@@ -58,8 +81,9 @@ def _is_rms_norm(module: nn.Module) -> bool:
         return False
     x = torch.linspace(-2.0, 3.0, 2 * weight.numel(), device=weight.device).view(2, -1).to(weight.dtype)
     own, fused = module(x), F.rms_norm(x, weight.shape, weight, eps)
+    exact = torch.finfo(x.dtype)
     # the chains round up to three times
-    return own.dtype == fused.dtype and torch.allclose(own, fused, rtol=4 * torch.finfo(x.dtype).eps, atol=1e-30)
+    return own.dtype == fused.dtype and torch.allclose(own, fused, rtol=4 * exact.eps, atol=exact.tiny)
 
 
 @cache

@@ -58,17 +58,18 @@ class BF16Adapter:
         # a new tensor: the pass before may still wait for its backward
         self.shadow = self.arena.data.to(torch.bfloat16)
         for segment, layer in self._layers:
-            layer.shadow = segment.view(self.shadow)
+            layer.shadow = self.shadow[segment.start : segment.start + segment.numel]
 
 
 class _Linear(nn.Linear):
-    """A layer of LoRA; `shadow`: its weight in bf16, of the present forward pass."""
+    """A layer of LoRA; `shadow`: its weight in bf16, flat, of the present forward pass."""
 
     shadow: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and x.dtype == torch.bfloat16:
-            return F.linear(x, _Shadow.apply(self.weight, self.shadow))
+            # here and not before: torch.compile would take a rank of 8 for a batch of 8
+            return F.linear(x, _Shadow.apply(self.weight, self.shadow.view(self.weight.shape)))
         return F.linear(x.to(self.weight.dtype), self.weight)
 
 

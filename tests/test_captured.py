@@ -376,3 +376,27 @@ def test_a_run_on_a_gpu_with_graphs(folders: dict[str, Path], written: Path, tmp
     train_one = partial(run, folders["t5"], written, device="cuda")
     found, expected = train_one(tmp_path / "graphs", cuda_graphs=True), train_one(tmp_path / "launched")
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "needed"), [("llama", False), ("gpt2", False), ("eager", True), ("sees", True)])
+def test_padding_behind_a_row_needs_no_mask(
+    kind: str, needed: bool, folders: dict[str, Path], monkeypatch: Any
+) -> None:
+    """Of a decoder by torch's attention; without a mask that takes its fastest way."""
+    lm, _, rows = load("llama" if needed else kind, folders)
+    batch = [rows[0], replace(rows[1], input_ids=rows[1].input_ids[:3]), *rows[-2:]]
+    if kind == "eager":
+        lm.base.config._attn_implementation = "eager"
+    elif kind == "sees":
+        # as a model whose encoder of pictures sees in both directions
+        next(module for module in lm.base.modules() if hasattr(module, "is_causal")).is_causal = False
+        monkeypatch.setattr(lm.base.config, "_attn_implementation", "sdpa")
+    losses = [lm.loss(lm.collate([row]))[0].item() for row in batch]
+    seen: list[bool] = []
+    lm.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append("attention_mask" in kwargs), with_kwargs=True
+    )
+    found = lm.loss(lm.collate(batch))[0].item()
+    assert seen == [needed]
+    if kind != "sees":
+        assert found == pytest.approx(sum(losses), rel=1e-5)

@@ -1,0 +1,317 @@
+"""Layers made fast: the same results as transformers' own, and what cannot be had is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, get_args
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import Kind, build_tiny, build_type, rerun, topic_task
+from torch import Tensor, nn
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+from kif.arena import ParameterArena
+from kif.attention import contiguous_position_bias
+from kif.captured import CapturedSteps
+from kif.config import RunConfig
+from kif.families import LanguageModel
+from kif.layers import PROGRAMS, compile_layers, fuse_norms, use_liger
+from kif.low_precision import BF16Adapter
+from kif.methods import METHODS
+from kif.models import load_language_model
+from kif.run import train
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+TOPICS = topic_task()
+NORMS = (LlamaRMSNorm, T5LayerNorm)
+COMPILE = torch.compile
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny models without dropout of their own."""
+    none = {"dropout_rate": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    none |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    found = {}
+    for kind in get_args(Kind):
+        found[kind] = build_tiny(kind, tmp_path_factory.mktemp(kind))
+        config = json.loads((found[kind] / "config.json").read_text())
+        (found[kind] / "config.json").write_text(json.dumps(config | none))
+    return found
+
+
+def load(folder: Path, **options: Any) -> LanguageModel:
+    config = RunConfig(model=str(folder), **{"device": "cpu", "lora_dropout": 0.0, **options})
+    lm = load_language_model(config, {TOPICS.name: TOPICS.labels})
+    lm.model.train()
+    return lm
+
+
+def gradient(lm: LanguageModel) -> tuple[float, Tensor]:
+    """Loss and gradient where LoRA B is not zero."""
+    generator = torch.Generator().manual_seed(1)
+    trained = [p for p in lm.model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = None
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    # a number that is no other size, which torch.compile would take for the same
+    loss, count = lm.loss(lm.collate(lm.encode(TOPICS, TOPICS.train[:7])))
+    (loss / count).backward()
+    return loss.item() / count, torch.cat([p.grad.flatten() for p in trained if p.grad is not None])
+
+
+def norm_of(kind: Any, size: int, dtype: torch.dtype, seed: int) -> nn.Module:
+    norm: nn.Module = kind(size, eps=1e-6)
+    norm.weight.data = torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(dtype)  # type: ignore[union-attr]
+    return norm
+
+
+@given(
+    st.sampled_from(NORMS), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.integers(1, 130),
+    st.integers(1, 5), st.sampled_from([1e-3, 1.0, 100.0]), st.integers(0, 99),
+)  # fmt: skip
+def test_a_norm_is_as_exact_as_its_chain(
+    kind: Any, dtype: torch.dtype, size: int, rows: int, scale: float, seed: int
+) -> None:
+    norm = norm_of(kind, size, dtype, seed)
+    x = (torch.randn(rows, size, generator=torch.Generator().manual_seed(seed + 1)) * scale).to(dtype)
+    weight, wide = norm.weight.detach().double(), x.double().requires_grad_()  # type: ignore[union-attr,operator]
+    exact = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+    exact.sum().backward()
+    errors = []
+    for fused in (False, True):
+        assert not fused or fuse_norms(nn.Sequential(norm)) == 1
+        own_x = x.clone().requires_grad_()
+        out = norm(own_x)
+        out.sum().backward()
+        assert out.dtype == dtype and own_x.grad is not None and wide.grad is not None
+        # a gradient is a difference of terms as large as weight / |x|
+        terms = weight.norm() / wide.detach().norm().clamp(min=1e-3) * rows
+        errors.append(((out - exact).norm() / exact.norm(), (own_x.grad - wide.grad).norm() / terms))
+    for plain, ours in zip(*errors, strict=True):
+        assert ours <= 1.5 * plain + torch.finfo(dtype).eps
+
+
+def test_norms_stay_what_they_are_but_for_their_way(folders: dict[str, Path]) -> None:
+    for kind, count in (("t5", 12), ("llama", 5), ("gpt2", 0), ("bert", 0)):
+        lm = load(folders[kind], target_modules=["c_attn"] if kind == "gpt2" else None)
+        loss, grads = gradient(lm)
+        before = {name: type(module) for name, module in lm.base.named_modules()}
+        found = fuse_norms(lm.base)
+        assert (found > 0) == (count > 0)
+        changed = [name for name, module in lm.base.named_modules() if type(module) is not before[name]]
+        assert len(changed) == found
+        for name, module in lm.base.named_modules():
+            assert isinstance(module, before[name]) and type(module).__name__ == before[name].__name__
+        # once done, nothing is left to do
+        assert fuse_norms(lm.base) == found and len({type(m) for m in lm.base.modules() if type(m) in NORMS}) == 0
+        again, other = gradient(lm)
+        assert again == pytest.approx(loss, rel=1e-5)
+        torch.testing.assert_close(other, grads, rtol=1e-3, atol=1e-6)
+        assert lm.model.state_dict().keys() == copy.deepcopy(lm.model).state_dict().keys()
+
+
+def test_only_what_computes_it_is_taken() -> None:
+    class Shifted(LlamaRMSNorm):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.weight  # type: ignore[no-any-return]
+
+    class More(LlamaRMSNorm):  # type: ignore[misc]
+        def __init__(self, size: int) -> None:
+            super().__init__(size)
+            self.bias = nn.Parameter(torch.zeros(size))
+
+    others = [Shifted(8), More(8), GemmaRMSNorm(8), nn.LayerNorm(8), nn.RMSNorm(8), nn.Linear(8, 8)]
+    kinds = [type(module) for module in others]
+    assert fuse_norms(nn.Sequential(*others, LlamaRMSNorm(8))) == 1
+    assert [type(module) for module in others] == kinds
+
+
+def test_a_norm_of_another_dtype_goes_the_old_way() -> None:
+    for kind in NORMS:
+        norm, x = norm_of(kind, 8, torch.bfloat16, 0), torch.randn(2, 8)
+        before = norm(x)
+        fuse_norms(nn.Sequential(norm))
+        assert torch.equal(norm(x), before) and norm(x).dtype == before.dtype
+
+
+def test_a_loaded_model_has_fused_norms_on_a_gpu_only(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("kif.models.fuse_norms", seen.append)
+    load(folders["t5"])
+    assert not seen
+    monkeypatch.setattr("kif.models.resolve_device", lambda name: SimpleNamespace(type="cuda"))
+    monkeypatch.setattr("torch.nn.Module.to", lambda self, *_, **__: self)
+    load(folders["t5"])
+    assert [type(base).__name__ for base in seen] == ["T5ForConditionalGeneration"]
+
+
+@pytest.mark.parametrize("model_type", ["t5", "mt5"])
+def test_the_position_bias_lies_in_rows(model_type: str, tmp_path: Path) -> None:
+    t5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "dropout_rate": 0}
+    lm = load(build_type(model_type, "encoder-decoder", tmp_path, **t5))
+    with_bias = [m for m in lm.base.modules() if getattr(m, "has_relative_attention_bias", False)]
+    assert len(with_bias) == 2
+    for module in with_bias:
+        bias, plain = module.compute_bias(5, 6), type(module).compute_bias(module, 5, 6)
+        assert torch.equal(bias, plain) and bias.is_contiguous() and not plain.is_contiguous()
+        assert bias.shape == (1, 2, 5, 6)
+    # a model without one is left alone
+    contiguous_position_bias(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5", "bert"])
+def test_compiled_layers_train_as_plain_ones(
+    kind: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced once for all layers and batches, and not in evaluation."""
+    # traced, not compiled to machine code, which takes half a minute
+    monkeypatch.setattr(torch, "compile", lambda function, **how: COMPILE(function, backend=counted, **how))
+    graphs: list[Any] = []
+
+    def counted(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    lm = load(folders[kind], precision="bf16")
+    arena = ParameterArena.of(lm.model)
+    BF16Adapter(lm, arena)
+    loss, grads = gradient(lm)
+    lm.model.eval()
+    answers = lm.answer(TOPICS, lm.encode(TOPICS, TOPICS.test), "rank", 4)
+    compile_layers(lm.base)
+    assert torch._dynamo.config.recompile_limit == PROGRAMS
+    assert lm.answer(TOPICS, lm.encode(TOPICS, TOPICS.test), "rank", 4) == answers and not graphs
+    lm.model.train()
+    found, others = gradient(lm)
+    first = len(graphs)
+    # first layers take inputs without gradient; T5 has two kinds of layer, whose first ones compute the bias
+    assert 1 <= first <= 4
+    assert found == pytest.approx(loss, rel=0.02)
+    assert (others - grads).norm() < 0.1 * grads.norm()
+    rows = lm.encode(TOPICS, TOPICS.train)
+    for count in (2, 3, 5):
+        lm.loss(lm.collate(rows[-count:]))[0].backward()
+    assert len(graphs) == first
+
+
+def test_a_model_without_known_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="Sequential has no layers that torch_compile knows: leave it out"):
+        compile_layers(nn.Sequential(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_method_compiles_or_refuses(
+    name: str, folders: dict[str, Path], written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr("kif.methods.base.compile_layers", compiled.append)
+    config = RunConfig(
+        model=str(folders["t5"]), data=str(written), tasks=["colours"], output=str(tmp_path / "run"), method=name,
+        steps_per_task=2, limit_eval=1, limit_train=4, device="cpu", torch_compile=True,
+        cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    if METHODS[name].plain_passes:
+        train(config, progress=False)
+        assert [type(base).__name__ for base in compiled] == ["T5ForConditionalGeneration"]
+    else:
+        with pytest.raises(ValueError, match=f"torch_compile does not work with {name}, which changes passes"):
+            train(config, progress=False)
+
+
+def test_what_cannot_be_compiled_is_refused() -> None:
+    for options in ({"quantization": "nf4"}, {"gradient_checkpointing": True}, {"shard_base": True}):
+        name = next(iter(options))
+        with pytest.raises(ValueError, match=f"torch_compile does not work with {name}: leave one of them out"):
+            RunConfig(torch_compile=True, **options)  # type: ignore[arg-type]
+
+
+def test_liger_is_asked_for_what_pays(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = load(folders["llama"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r'use_liger_kernel needs liger-kernel: pip install "recurrent-kif\[liger\]"'):
+        use_liger(lm.base)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(ValueError, match="use_liger_kernel needs a GPU, the model is on cpu: leave it out"):
+        load(folders["llama"], use_liger_kernel=True)
+    asked: list[Any] = []
+    fake: Any = ModuleType("liger_kernel.transformers")
+    fake.monkey_patch = SimpleNamespace(
+        MODEL_TYPE_TO_APPLY_LIGER_FN={"llama": None}, _apply_liger_kernel_to_instance=lambda **how: asked.append(how)
+    )
+    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", fake)
+    on_gpu = [SimpleNamespace(device=torch.device("cuda"))]
+
+    def base(kind: str) -> Any:
+        return SimpleNamespace(config=SimpleNamespace(model_type=kind), parameters=lambda: iter(on_gpu))
+
+    with pytest.raises(ValueError, match="liger-kernel has nothing for model type 't5': leave use_liger_kernel out"):
+        use_liger(base("t5"))
+    model = base("llama")
+    use_liger(model)
+    off = {"rms_norm": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
+    assert asked == [{"model": model, **off}]
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_liger_on_a_gpu_trains_as_the_model(precision: Any, folders: dict[str, Path]) -> None:
+    pytest.importorskip("liger_kernel")
+    options = {"device": "cuda", "precision": precision, "target_modules": ["q_proj", "up_proj", "down_proj"]}
+    loss, grads = gradient(load(folders["llama"], **options))
+    found, others = gradient(load(folders["llama"], **options, use_liger_kernel=True))
+    exact = precision == "fp32"
+    assert found == pytest.approx(loss, rel=1e-4 if exact else 0.02)
+    assert (others - grads).norm() < (1e-3 if exact else 0.1) * grads.norm()
+
+
+@needs_gpu
+def test_compiled_layers_on_a_gpu_are_recorded(folders: dict[str, Path]) -> None:
+    lm = load(folders["llama"], device="cuda")
+    arena = ParameterArena.of(lm.model)
+    loss, grads = gradient(lm)
+    compile_layers(lm.base)
+    rows = lm.encode(TOPICS, TOPICS.train[:7])
+    captured = CapturedSteps(lm, arena, [])
+    for _ in range(2):
+        arena.zero_grad()
+        assert captured.backward(rows, lm.label_count(rows)).item() == pytest.approx(loss, rel=1e-4)
+        flat = torch.cat([view.flatten() for _, view in arena.views(arena.grad)])
+        assert (flat - grads).norm() < 1e-2 * grads.norm()
+
+
+def test_a_recorded_pass_is_the_compiled_one(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes before the recording are the recorded one: nothing may be traced meanwhile."""
+    monkeypatch.setattr(torch, "compile", lambda function, **how: COMPILE(function, backend="eager", **how))
+    for kind in ("t5", "llama", "bert"):
+        torch._dynamo.reset()
+        lm = load(folders[kind])
+        compile_layers(lm.base)
+
+        def record(run: Any) -> Any:
+            for _ in range(3):
+                run()
+            with monkeypatch.context() as within, torch._dynamo.config.patch(error_on_recompile=True):
+                within.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+                run()
+            return rerun(run)
+
+        rows = lm.encode(TOPICS, TOPICS.train[:7])
+        arena = ParameterArena.of(lm.model)
+        loss, _ = gradient(lm)
+        found = CapturedSteps(lm, arena, [], record).backward(rows, lm.label_count(rows))
+        assert found.item() == pytest.approx(loss, rel=1e-4)
