@@ -11,10 +11,10 @@
 # JSON, tables and the roofline plot to OUT. Needs torch, triton, pytest and hypothesis; a plain checkout will do. The
 # static contract needs no GPU: python -m benchmarks.contract.
 #
-# steps: that recorded passes, liger-kernel and compiled layers give what launched and plain ones give, on tiny models; then
-# rounds of training (benchmarks.train_step) at the shapes of T5-large and LLaMA-2 7B by transformers' Trainer, by kif
+# steps: that recorded passes and liger-kernel give what launched and plain layers give, on tiny models; then rounds of
+# training (benchmarks.train_step) at the shapes of T5-large and LLaMA-2 7B by transformers' Trainer, by kif
 # with per-tensor bookkeeping, with its own, with the adapter's products in bf16, with CUDA graphs, with liger-kernel
-# where it is installed, with torch.compile; and the loss trajectory with graphs. Needs transformers and peft, the tests
+# where it is installed; and the loss trajectory with graphs. Needs transformers and peft, the tests
 # pytest and hypothesis, the Trainer accelerate too.
 #
 # shapes: FLAN-T5-XL, and LLaMA-2 13B with 4 rows. Everywhere dropout is that of Appendix D but for the trajectory.
@@ -86,12 +86,10 @@ if [ "$part" = steps ]; then
     liger=()
     "$python" -c "import liger_kernel" 2>/dev/null && liger=(kif-bf16-liger)
     stage paths 100 "$python" -m pytest -v tests/test_captured.py tests/test_layers.py -k gpu
-    step t5-large 180 --model t5-large "${real[@]}" --profile --contenders trainer kif-bf16-graph kif-bf16 kif per-tensor
+    step t5-large 200 --model t5-large "${real[@]}" --contenders trainer kif-bf16-graph per-tensor kif-bf16 kif
     step t5-large-m1 60 --model t5-large "${real[@]}" --outer-steps 1 --contenders trainer kif-bf16-graph
     step trajectory 90 --model t5-large --precision bf16 --length 128 --trajectory 200 --contenders kif-bf16-graph
-    # compiled last: it takes longest to begin
-    step llama2-7b 280 --model llama2-7b "${real[@]}" --rounds 2 --profile --contenders \
-      trainer "${liger[@]}" kif-bf16 per-tensor kif kif-bf16-compile
+    step llama2-7b 250 --model llama2-7b "${real[@]}" --rounds 2 --contenders trainer "${liger[@]}" kif-bf16 per-tensor kif
   fi
   finish
 fi

@@ -151,12 +151,14 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
 
 
 def git_revision() -> str:
-    """The commit of the checkout with `+changes` where files differ from it; else KIF_GIT_REVISION, else `unknown`."""
+    """KIF_GIT_REVISION; else the commit of the checkout, with `+changes` where files differ from it; else `unknown`."""
+    if given := os.environ.get("KIF_GIT_REVISION"):
+        return given
     folder = Path(__file__).resolve().parents[1]
     revision = _output(["git", "-C", str(folder), "rev-parse", "HEAD"])
     if revision:
         return revision + ("+changes" if _output(["git", "-C", str(folder), "status", "--porcelain"]) else "")
-    return os.environ.get("KIF_GIT_REVISION") or "unknown"
+    return "unknown"
 
 
 def _driver() -> str | None:

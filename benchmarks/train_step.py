@@ -7,7 +7,7 @@ Contenders: `trainer`, LoRA replay by transformers' Trainer and PEFT; `per-tenso
 with plain PyTorch, one tensor after the other; `kif`, the same with the arena and its fused operations, and `kif-` with
 parts: `bf16`, the adapter's products in bf16 too (`adapter_precision`, for --precision bf16); `checkpointing`, gradient
 checkpointing; `graph`, forward and backward replayed as a CUDA graph (`cuda_graphs`), which counts as backward;
-`compile`, the layers by torch.compile (`torch_compile`); `liger`, parts of them by liger-kernel (`use_liger_kernel`).
+`liger`, parts of layers by liger-kernel (`use_liger_kernel`); `compile`, by torch.compile, which kif does not do.
 All make the same number of optimizer steps on rows of the same length. What differs by design: this package computes
 logits where there are labels only, the Trainer at all places; on a GPU its norms are one operation (`kif.layers`); T5's
 position bias lies in rows; and the Trainer's attention may be cuDNN's (`kif.attention`). Weights are random, which does
@@ -39,14 +39,14 @@ from benchmarks.baselines import PerTensorKthvalue
 from benchmarks.machine import environment, write_json
 from benchmarks.workload import LR, MOMENTS, Problem
 from kif.arena import ParameterArena
-from kif.attention import without_cudnn
+from kif.attention import contiguous_position_bias, without_cudnn
 from kif.captured import CapturedSteps
 from kif.config import KIFConfig
 from kif.decoder import DecoderModel
 from kif.engine import RecurrentKIF
 from kif.families import Encoded, LanguageModel
 from kif.generative import IGNORE
-from kif.layers import compile_layers, fuse_norms, use_liger
+from kif.layers import fuse_norms, use_liger
 from kif.low_precision import BF16Adapter
 from kif.models import checkpoint_layers
 from kif.seq2seq import EncoderDecoderModel
@@ -151,7 +151,10 @@ class KIF:
         if "liger" in parts:
             use_liger(lm.base)
         if "compile" in parts:
-            compile_layers(lm.base)
+            # once for all layers of a kind
+            for module in lm.base.modules():
+                if type(module).__name__ in lm.base._no_split_modules:
+                    module.compile()
         self.captured = CapturedSteps(lm, arena, []) if "graph" in parts else None
         self.engine = RecurrentKIF(arena, config)
         self.engine.stopwatch = watch
@@ -274,6 +277,7 @@ def _bookkeeping(name: str, lm: LanguageModel, config: KIFConfig, watch: Stopwat
     if lm.device.type == "cuda":
         # as when `kif train` loads a model
         fuse_norms(lm.base)
+        contiguous_position_bias(lm.base)
     return PerTensor(lm, config, watch) if name == "per-tensor" else KIF(lm, config, watch, name)
 
 

@@ -383,9 +383,6 @@ class RunConfig:
         cuda_graphs: record forward and backward pass as CUDA graphs, one for each of the few shapes that batches are
             then padded to, and replay them, one launch a pass; the same result up to rounding and the draws of dropout.
             For methods whose passes are the model's own; not with quantization, gradient_checkpointing, shard_base.
-        torch_compile: have torch.compile make one program of each kind of layer, for all lengths; takes half a minute
-            or more when training begins. The same result up to rounding and the draws of dropout. For the same methods
-            as cuda_graphs, and not with the same options; the two work together.
         use_liger_kernel: rotary positions and gated feed-forwards by liger-kernel (pip install "recurrent-kif[liger]"),
             for Llama and its like on a GPU: less memory and time, the same result up to rounding.
         warmup_steps: inner steps of linear warm-up in each task; at most a tenth of the task's steps are used.
@@ -465,7 +462,6 @@ class RunConfig:
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
     cuda_graphs: bool = False
-    torch_compile: bool = False
     use_liger_kernel: bool = False
     warmup_steps: int = 50
     weight_decay: float = 0.0
@@ -530,9 +526,8 @@ class RunConfig:
         if self.shard_base and self.quantization != "none":
             raise ValueError(f"shard_base cannot split a quantised base: leave out quantization {self.quantization}")
         for name in ("quantization", "gradient_checkpointing", "shard_base"):
-            for fast in ("cuda_graphs", "torch_compile"):
-                if getattr(self, fast) and getattr(self, name) not in (False, "none"):
-                    raise ValueError(f"{fast} does not work with {name}: leave one of them out")
+            if self.cuda_graphs and getattr(self, name) not in (False, "none"):
+                raise ValueError(f"cuda_graphs does not work with {name}: leave one of them out")
         if self.order is not None and self.tasks:
             raise ValueError("give either order or tasks, not both")
 

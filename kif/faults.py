@@ -16,10 +16,7 @@ from kif.config import RunConfig
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No space left on the device, in the quota, or under the limit on the size of a file."""
 
-RETRY = (
-    "gradient_accumulation", "gradient_checkpointing", "cuda_graphs", "torch_compile", "use_liger_kernel",
-    "eval_batch_size",
-)  # fmt: skip
+RETRY = ("gradient_accumulation", "gradient_checkpointing", "cuda_graphs", "use_liger_kernel", "eval_batch_size")
 """Fields of RunConfig that change memory use and, up to rounding and the draws of dropout, nothing else: a run may be
 resumed with others."""
 
@@ -99,7 +96,7 @@ def less_memory_in_training(config: RunConfig) -> str:
         )
     if config.cuda_graphs:
         resumed += _WITHOUT_GRAPHS
-    elif not (config.gradient_checkpointing or config.torch_compile):
+    elif not config.gradient_checkpointing:
         resumed += "resume with gradient_checkpointing, which takes longer and changes the result by rounding only; or "
     return (
         f"{resumed}start a new run with a smaller batch_size (now {config.batch_size}), a smaller max_length (now "

@@ -1,17 +1,14 @@
-"""The base model's layers in fewer passes over memory: fused norms, liger-kernel's operations, torch.compile."""
+"""The base model's layers in fewer passes over memory: fused norms, liger-kernel's operations."""
 
 from __future__ import annotations
 
 import importlib.util
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-PROGRAMS = 64
-"""Programs that torch.compile may make: a kind of layer needs one for each choice of arguments and gradients."""
 
 
 def fuse_norms(base: nn.Module) -> int:
@@ -23,7 +20,7 @@ def fuse_norms(base: nn.Module) -> int:
     """
     norms: list[Any] = [module for module in base.modules() if _is_rms_norm(module)]
     for norm in norms:
-        # a class and not a function for each module, which torch.compile would trace for each
+        # a class and not a function for each module, for which torch.compile would trace its layer anew
         kind: Any = type(norm)
         norm.__class__ = _fused(kind)
     return len(norms)
@@ -49,28 +46,6 @@ def use_liger(base: Any) -> None:
     monkey_patch._apply_liger_kernel_to_instance(
         model=base, rms_norm=False, cross_entropy=False, fused_linear_cross_entropy=False
     )
-
-
-def compile_layers(base: nn.Module) -> None:
-    """Have the model's layers compiled by torch.compile when they first run in training mode; once for all that are
-    alike, and for all lengths and sizes of batches. In evaluation mode they run as they are.
-
-    Raises: ValueError for a model without layers that transformers could checkpoint, by which they are known.
-    """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers: list[Any] = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise ValueError(f"{type(base).__name__} has no layers that torch_compile knows: leave it out")
-    # layers of all kinds may share a function; beyond the limit torch runs what it has no program for as it is
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, PROGRAMS)
-    for layer in layers:
-        compiled = torch.compile(layer.forward, dynamic=True)
-        layer.forward = partial(_in_training, layer, compiled, layer.forward)
-
-
-def _in_training(layer: nn.Module, compiled: Any, plain: Any, *args: Any, **kwargs: Any) -> Any:
-    return (compiled if layer.training else plain)(*args, **kwargs)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from kif.adapters import adapter_in_fp32, new_adapter, task_type
+from kif.attention import contiguous_position_bias
 from kif.config import RunConfig
 from kif.decoder import DecoderModel
 from kif.encoder import EncoderModel, union_of_labels
@@ -71,6 +72,7 @@ def load_language_model(
         base, new_layers = _load_base(name, model_config, family, config, len(classes), quantized)
         if device.type == "cuda":
             fuse_norms(base)
+            contiguous_position_bias(base)
         _check_padding(tokenizer, base, name)
         if adapter is None:
             model = new_adapter(base, family, config, new_layers)

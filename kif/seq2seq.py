@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kif.attention import contiguous_position_bias
 from kif.families import IGNORE, Batch, Encoded, pad, to_device
 from kif.generative import GenerativeModel, fixed_cross_entropy, log_likelihood, summed_cross_entropy
 from kif.tasks import Task
@@ -19,10 +18,6 @@ class EncoderDecoderModel(GenerativeModel):
     """T5-like. A target is the label as the tokenizer writes target texts, with EOS."""
 
     family = "encoder-decoder"
-
-    def __init__(self, model: Any, tokenizer: Any, *, max_length: int, max_target_length: int) -> None:
-        super().__init__(model, tokenizer, max_length=max_length, max_target_length=max_target_length)
-        contiguous_position_bias(self.base)
 
     def _targets(self, task: Task, labels: Sequence[str]) -> list[tuple[int, ...]]:
         encoding = self.tokenizer(text_target=list(labels), return_attention_mask=False, verbose=False)

@@ -26,10 +26,9 @@ TASKS, MEMORY, FINAL = "tasks.json", "memory", "final"
 FREE = (
     "data", "order", "tasks", "output", "resume", "continue_from", "checkpoint_rounds", "keep_checkpoints", "device",
     "shard_base", "cache_dir", "limit_train", "limit_eval", "lr", "outer_lr", "epochs", "steps_per_task", "batch_size",
-    "outer_batch_size", "gradient_accumulation", "gradient_checkpointing", "cuda_graphs", "torch_compile",
-    "use_liger_kernel", "warmup_steps", "weight_decay", "beta1", "beta2", "eps", "max_grad_norm", "memory_fraction",
-    "memory_balanced", "memory_data", "eval_split", "holdout", "eval_mode", "eval_batch_size", "max_new_tokens",
-    "eval_forward",
+    "outer_batch_size", "gradient_accumulation", "gradient_checkpointing", "cuda_graphs", "use_liger_kernel",
+    "warmup_steps", "weight_decay", "beta1", "beta2", "eps", "max_grad_norm", "memory_fraction", "memory_balanced",
+    "memory_data", "eval_split", "holdout", "eval_mode", "eval_batch_size", "max_new_tokens", "eval_forward",
 )  # fmt: skip
 """Fields of RunConfig that a continued run may have otherwise than the run before it."""
 

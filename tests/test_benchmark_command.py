@@ -173,13 +173,16 @@ def test_goals_are_judged_where_they_can_be() -> None:
 
 
 def test_revision_comes_from_git_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KIF_GIT_REVISION", raising=False)
     monkeypatch.setattr(machine, "_output", lambda command: {"rev-parse": "abc", "status": ""}[command[3]])
     assert machine.git_revision() == "abc"
     monkeypatch.setattr(machine, "_output", lambda command: {"rev-parse": "abc", "status": "M file"}[command[3]])
     assert machine.git_revision() == "abc+changes"
-    monkeypatch.setattr(machine, "_output", lambda command: None)
     monkeypatch.setenv("KIF_GIT_REVISION", "def")
     assert machine.git_revision() == "def"
+    monkeypatch.delenv("KIF_GIT_REVISION")
+    monkeypatch.setattr(machine, "_output", lambda command: None)
+    assert machine.git_revision() == "unknown"
 
 
 def in_process(*command: str, **env: str) -> str:

@@ -14,27 +14,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import Kind, build_tiny, build_type, rerun, topic_task
+from tiny import Kind, build_tiny, build_type, topic_task
 from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from kif.arena import ParameterArena
 from kif.attention import contiguous_position_bias
-from kif.captured import CapturedSteps
 from kif.config import RunConfig
 from kif.families import LanguageModel
-from kif.layers import PROGRAMS, compile_layers, fuse_norms, use_liger
-from kif.low_precision import BF16Adapter
-from kif.methods import METHODS
+from kif.layers import fuse_norms, use_liger
 from kif.models import load_language_model
-from kif.run import train
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 TOPICS = topic_task()
 NORMS = (LlamaRMSNorm, T5LayerNorm)
-COMPILE = torch.compile
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +58,7 @@ def gradient(lm: LanguageModel) -> tuple[float, Tensor]:
     for parameter in trained:
         parameter.grad = None
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    # a number that is no other size, which torch.compile would take for the same
-    loss, count = lm.loss(lm.collate(lm.encode(TOPICS, TOPICS.train[:7])))
+    loss, count = lm.loss(lm.collate(lm.encode(TOPICS, TOPICS.train)))
     (loss / count).backward()
     return loss.item() / count, torch.cat([p.grad.flatten() for p in trained if p.grad is not None])
 
@@ -145,23 +138,24 @@ def test_a_norm_of_another_dtype_goes_the_old_way() -> None:
         assert torch.equal(norm(x), before) and norm(x).dtype == before.dtype
 
 
-def test_a_loaded_model_has_fused_norms_on_a_gpu_only(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loaded_model_is_changed_on_a_gpu_only(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("kif.models.fuse_norms", seen.append)
+    for name in ("fuse_norms", "contiguous_position_bias"):
+        monkeypatch.setattr(f"kif.models.{name}", lambda base, name=name: seen.append((name, type(base).__name__)))
     load(folders["t5"])
     assert not seen
     monkeypatch.setattr("kif.models.resolve_device", lambda name: SimpleNamespace(type="cuda"))
     monkeypatch.setattr("torch.nn.Module.to", lambda self, *_, **__: self)
     load(folders["t5"])
-    assert [type(base).__name__ for base in seen] == ["T5ForConditionalGeneration"]
+    kind = "T5ForConditionalGeneration"
+    assert seen == [("fuse_norms", kind), ("contiguous_position_bias", kind)]
 
 
 @pytest.mark.parametrize("model_type", ["t5", "mt5"])
 def test_the_position_bias_lies_in_rows(model_type: str, tmp_path: Path) -> None:
     t5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "dropout_rate": 0}
     lm = load(build_type(model_type, "encoder-decoder", tmp_path, **t5))
+    contiguous_position_bias(lm.base)
     with_bias = [m for m in lm.base.modules() if getattr(m, "has_relative_attention_bias", False)]
     assert len(with_bias) == 2
     for module in with_bias:
@@ -170,73 +164,6 @@ def test_the_position_bias_lies_in_rows(model_type: str, tmp_path: Path) -> None
         assert bias.shape == (1, 2, 5, 6)
     # a model without one is left alone
     contiguous_position_bias(nn.Linear(2, 2))
-
-
-@pytest.mark.parametrize("kind", ["llama", "t5", "bert"])
-def test_compiled_layers_train_as_plain_ones(
-    kind: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Traced once for all layers and batches, and not in evaluation."""
-    # traced, not compiled to machine code, which takes half a minute
-    monkeypatch.setattr(torch, "compile", lambda function, **how: COMPILE(function, backend=counted, **how))
-    graphs: list[Any] = []
-
-    def counted(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    lm = load(folders[kind], precision="bf16")
-    arena = ParameterArena.of(lm.model)
-    BF16Adapter(lm, arena)
-    loss, grads = gradient(lm)
-    lm.model.eval()
-    answers = lm.answer(TOPICS, lm.encode(TOPICS, TOPICS.test), "rank", 4)
-    compile_layers(lm.base)
-    assert torch._dynamo.config.recompile_limit == PROGRAMS
-    assert lm.answer(TOPICS, lm.encode(TOPICS, TOPICS.test), "rank", 4) == answers and not graphs
-    lm.model.train()
-    found, others = gradient(lm)
-    first = len(graphs)
-    # first layers take inputs without gradient; T5 has two kinds of layer, whose first ones compute the bias
-    assert 1 <= first <= 4
-    assert found == pytest.approx(loss, rel=0.02)
-    assert (others - grads).norm() < 0.1 * grads.norm()
-    rows = lm.encode(TOPICS, TOPICS.train)
-    for count in (2, 3, 5):
-        lm.loss(lm.collate(rows[-count:]))[0].backward()
-    assert len(graphs) == first
-
-
-def test_a_model_without_known_layers_is_refused() -> None:
-    with pytest.raises(ValueError, match="Sequential has no layers that torch_compile knows: leave it out"):
-        compile_layers(nn.Sequential(nn.Linear(2, 2)))
-
-
-@pytest.mark.parametrize("name", sorted(METHODS))
-def test_a_method_compiles_or_refuses(
-    name: str, folders: dict[str, Path], written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiled: list[Any] = []
-    monkeypatch.setattr("kif.methods.base.compile_layers", compiled.append)
-    config = RunConfig(
-        model=str(folders["t5"]), data=str(written), tasks=["colours"], output=str(tmp_path / "run"), method=name,
-        steps_per_task=2, limit_eval=1, limit_train=4, device="cpu", torch_compile=True,
-        cache_dir=str(tmp_path / "cache"),
-    )  # fmt: skip
-    if METHODS[name].plain_passes:
-        train(config, progress=False)
-        assert [type(base).__name__ for base in compiled] == ["T5ForConditionalGeneration"]
-    else:
-        with pytest.raises(ValueError, match=f"torch_compile does not work with {name}, which changes passes"):
-            train(config, progress=False)
-
-
-def test_what_cannot_be_compiled_is_refused() -> None:
-    for options in ({"quantization": "nf4"}, {"gradient_checkpointing": True}, {"shard_base": True}):
-        name = next(iter(options))
-        with pytest.raises(ValueError, match=f"torch_compile does not work with {name}: leave one of them out"):
-            RunConfig(torch_compile=True, **options)  # type: ignore[arg-type]
 
 
 def test_liger_is_asked_for_what_pays(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,41 +204,3 @@ def test_liger_on_a_gpu_trains_as_the_model(precision: Any, folders: dict[str, P
     exact = precision == "fp32"
     assert found == pytest.approx(loss, rel=1e-4 if exact else 0.02)
     assert (others - grads).norm() < (1e-3 if exact else 0.1) * grads.norm()
-
-
-@needs_gpu
-def test_compiled_layers_on_a_gpu_are_recorded(folders: dict[str, Path]) -> None:
-    lm = load(folders["llama"], device="cuda")
-    arena = ParameterArena.of(lm.model)
-    loss, grads = gradient(lm)
-    compile_layers(lm.base)
-    rows = lm.encode(TOPICS, TOPICS.train[:7])
-    captured = CapturedSteps(lm, arena, [])
-    for _ in range(2):
-        arena.zero_grad()
-        assert captured.backward(rows, lm.label_count(rows)).item() == pytest.approx(loss, rel=1e-4)
-        flat = torch.cat([view.flatten() for _, view in arena.views(arena.grad)])
-        assert (flat - grads).norm() < 1e-2 * grads.norm()
-
-
-def test_a_recorded_pass_is_the_compiled_one(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Passes before the recording are the recorded one: nothing may be traced meanwhile."""
-    monkeypatch.setattr(torch, "compile", lambda function, **how: COMPILE(function, backend="eager", **how))
-    for kind in ("t5", "llama", "bert"):
-        torch._dynamo.reset()
-        lm = load(folders[kind])
-        compile_layers(lm.base)
-
-        def record(run: Any) -> Any:
-            for _ in range(3):
-                run()
-            with monkeypatch.context() as within, torch._dynamo.config.patch(error_on_recompile=True):
-                within.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-                run()
-            return rerun(run)
-
-        rows = lm.encode(TOPICS, TOPICS.train[:7])
-        arena = ParameterArena.of(lm.model)
-        loss, _ = gradient(lm)
-        found = CapturedSteps(lm, arena, [], record).backward(rows, lm.label_count(rows))
-        assert found.item() == pytest.approx(loss, rel=1e-4)

@@ -15,7 +15,6 @@ from kif.captured import CapturedSteps
 from kif.config import SECTIONS, RunConfig
 from kif.distributed import world
 from kif.families import Encoded, Family, LanguageModel
-from kif.layers import compile_layers
 from kif.low_precision import BF16Adapter
 from kif.optimizer import ArenaAdamW, OptimizerConfig, Scoring
 from kif.tasks import Task
@@ -50,7 +49,7 @@ class Method(ABC):
         refused_options: fields of RunConfig that it works with at their default only, and why.
         plain_adapter: whether PEFT alone answers from a saved adapter as the method does.
         plain_passes: whether a pass of training is that of the model alone and the same in all steps, so that it can be
-            recorded (`cuda_graphs`) and compiled (`torch_compile`).
+            recorded (`cuda_graphs`).
 
     Raises: ValueError for a model of a refused family and a refused option.
     """
@@ -87,9 +86,8 @@ class Method(ABC):
     @classmethod
     def check_options(cls, config: RunConfig) -> None:
         """Raise ValueError for a refused option that is not at its default."""
-        for name in ("cuda_graphs", "torch_compile"):
-            if getattr(config, name) and not cls.plain_passes:
-                raise ValueError(f"{name} does not work with {cls.name}, which changes passes: leave it out")
+        if config.cuda_graphs and not cls.plain_passes:
+            raise ValueError(f"cuda_graphs does not work with {cls.name}, which changes passes: leave it out")
         default = RunConfig()
         for name, reason in cls.refused_options.items():
             if getattr(config, name) != getattr(default, name):
@@ -103,8 +101,6 @@ class Method(ABC):
         self.stopwatch = Stopwatch()
         if config.adapter_precision == "bf16" and "adapter_precision" not in self.unused:
             BF16Adapter(lm, self.arena)
-        if config.torch_compile:
-            compile_layers(lm.base)
         self.captured = CapturedSteps(lm, self.arena, _batch_sizes(config)) if config.cuda_graphs else None
 
     @property
