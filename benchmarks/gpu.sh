@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in calls of at most 10 minutes and without a network:
 #
-#     benchmarks/gpu.sh OUT [DEVICE] [kernels|steps|shapes|decode]
+#     benchmarks/gpu.sh OUT [DEVICE] [kernels|steps|shapes|bases|decode]
 #
 # In this order while time lasts; the first three take about 20 minutes. What a part measures is in OUT as soon as it is
 # known: one that fails, or that its time is up for, costs no other.
@@ -19,6 +19,9 @@
 #
 # shapes: FLAN-T5-XL, and LLaMA-2 13B with 4 rows. Everywhere dropout is that of Appendix D but for the trajectory.
 #
+# bases: the memory that LLaMA-2 7B takes in bf16, in 8 and in 4 bits, where bitsandbytes is installed; writes 13 GB to
+# TMPDIR for a while.
+#
 # decode: short answers with a static cache, for which transformers compiles the decoding step.
 #
 # DEVICE=cpu tries the script itself on a machine without a GPU, with tiny sizes.
@@ -26,7 +29,7 @@ set -uo pipefail
 out=${1:?usage: benchmarks/gpu.sh OUT [DEVICE]}
 device=${2:-cuda} part=${3:-kernels}
 case $part in
-  kernels | steps | shapes | decode) ;;
+  kernels | steps | shapes | bases | decode) ;;
   *) echo "there is no part $part" >&2 && exit 2 ;;
 esac
 mkdir -p "$out"
@@ -103,6 +106,17 @@ if [ "$part" = shapes ]; then
     step flan-t5-xl 120 --model flan-t5-xl "${real[@]}" --rounds 2 --contenders trainer kif-bf16-graph
     step llama2-13b 180 --model llama2-13b "${real[@]}" --batch 4 --rounds 2 --contenders trainer $best
   fi
+  finish
+fi
+
+if [ "$part" = bases ]; then
+  if [ "$device" = cpu ]; then
+    shape=tiny-llama options=(--rows 2 --length 16)
+  else
+    shape=llama2-7b options=(--rows 8 --length 512)
+  fi
+  lines=5 stage bases 400 "$python" -m benchmarks.memory --shape "$shape" --forms bf16 int8 nf4 --device "$device" \
+    "${options[@]}" --json "$out/bases.json"
   finish
 fi
 

@@ -146,6 +146,9 @@ def plan(
     return [case for _, case in sorted(cases, key=lambda pair: pair[0])]
 
 
+RUNS = 100
+"""Runs of a case on a GPU, about: checks, warm-up, and the least repeats of each kind of timing."""
+
 NARROW = ("importance", "adamw-importance")
 """Operations whose weights and gradients may be bf16 or fp16."""
 
@@ -177,7 +180,7 @@ def run(
         before = known.setdefault((row.operation, row.contender), [])
         if left <= 0:
             row.reason = "budget"
-        elif (expected := _expected_seconds(before, row.elements)) > left:
+        elif (expected := _expected_seconds(before, row.elements, machine.cuda)) > left:
             row.reason = f"budget: would take about {expected:.0f} s"
         else:
             row = measure(case, machine, row_seconds)
@@ -258,13 +261,19 @@ def _time(row: Row, phases: list[Phase], machine: Machine, seconds: float) -> No
         row.graph_us = in_graph.median if in_graph else None
 
 
-def _expected_seconds(before: Sequence[Row], elements: int) -> float:
-    """By the largest set that was measured already; 0 when there is none."""
+def _expected_seconds(before: Sequence[Row], elements: int, cuda: bool) -> float:
+    """By the largest set that was measured already; 0 when there is none.
+
+    On a GPU most of that time went into compiling and is not spent again; what grows are the runs.
+    """
     timed = [row for row in before if row.status == "ok" and row.elements <= elements]
     if not timed:
         return 0.0
     largest = max(timed, key=lambda row: row.elements)
-    return largest.seconds * elements / largest.elements
+    growth = elements / largest.elements
+    if not cuda:
+        return largest.seconds * growth
+    return RUNS * growth * (largest.graph_us or largest.median_us or 0.0) * 1e-6
 
 
 def _check_memory(case: Case, problem: Problem, machine: Machine) -> None:

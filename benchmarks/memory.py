@@ -1,12 +1,13 @@
 """How much memory a base model takes, quantised or not, with adapter and arena, at rest and in training.
 
     python -m benchmarks.memory --model FOLDER --json FILE
-    python -m benchmarks.memory --model FOLDER --forms bf16 nf4 --device cuda --rows 8 --length 512
+    python -m benchmarks.memory --shape llama2-7b --forms bf16 int8 nf4 --device cuda --rows 8 --length 512
 
-Each form is loaded as `kif train` loads it, and trained for a round of Recurrent-KIF on rows of random tokens, in a
-process of its own, so that its peak is its own. On a CPU the last four columns are the process's resident memory, the
-interpreter and its libraries included (`before`), and a fp32 model may lie in its file until it is read; on a GPU they
-are torch's allocations.
+With --shape a model of that shape (`benchmarks.train_step.MODELS`) with random weights in bf16 is written to a
+temporary folder first, 13 GB for llama2-7b. Each form is loaded as `kif train` loads it, and trained for a round of
+Recurrent-KIF on rows of random tokens, in a process of its own, so that its peak is its own. On a CPU the last four
+columns are the process's resident memory, the interpreter and its libraries included (`before`), and a fp32 model may
+lie in its file until it is read; on a GPU they are torch's allocations.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.machine import _version, environment
+from benchmarks.train_step import MODELS
 from kif.config import KIFConfig, RunConfig
 from kif.engine import RecurrentKIF
 from kif.families import Encoded, LanguageModel
@@ -154,6 +157,24 @@ def measure(model: str, form: str, device: str, rows: int, length: int) -> dict[
     }
 
 
+def write_random(shape: str, folder: Path, device: torch.device) -> None:
+    """Write a model of random weights in bf16, and a tokenizer that knows as many words as the model has tokens."""
+    import transformers
+    from tokenizers import Tokenizer, models
+
+    kind, values = MODELS[shape]
+    config = transformers.AutoConfig.for_model(
+        kind, eos_token_id=1, **{k: v for k, v in values.items() if k != "eos_token_id"}
+    )
+    auto: Any = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    with torch.device(device):
+        auto.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"<{i}>": i for i in range(config.vocab_size)}, unk_token="<2>"))
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<0>", eos_token="<1>", unk_token="<2>"
+    ).save_pretrained(folder)
+
+
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Markdown, in MiB."""
     lines = ["| | " + " | ".join((*PARTS, *PEAKS)) + " |", "|---" * (1 + len(PARTS) + len(PEAKS)) + "|"]
@@ -165,7 +186,9 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or hub name of the base model")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", help="folder or hub name of the base model")
+    which.add_argument("--shape", choices=list(MODELS), help="a model of random weights instead")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=["fp32", "bf16", "int8", "nf4"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rows", type=int, default=2, help="rows of a step")
@@ -176,6 +199,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.here:
         print(json.dumps(measure(args.model, args.forms[0], args.device, args.rows, args.length)))
         return 0
+    with tempfile.TemporaryDirectory() as folder:
+        if args.shape is not None:
+            write_random(args.shape, Path(folder), torch.device(args.device))
+            args.model = folder
+        return _in_turn(args)
+
+
+def _in_turn(args: argparse.Namespace) -> int:
+    """Each form in a process of its own; returns the exit status."""
     results = []
     shared = ["--model", args.model, "--device", args.device, "--rows", str(args.rows), "--length", str(args.length)]
     for form in args.forms:
@@ -189,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         versions = {name: _version(name) for name in ("transformers", "peft", "bitsandbytes")}
         content = {
             "environment": {**environment(torch.device(args.device)), **versions},
-            "model": Path(args.model).name,
+            "model": args.shape or Path(args.model).name,
             "rows": args.rows,
             "length": args.length,
             "results": results,

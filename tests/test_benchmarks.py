@@ -214,6 +214,21 @@ def test_what_fails_is_reported_and_not_timed(
     assert row.median_us is None and row.gbps is None and row.launches is None
 
 
+def test_the_time_that_a_larger_set_would_take() -> None:
+    row = Case(OPERATIONS["fusion"], CONTENDERS["kif"], "t5-large").row()
+    row.seconds, row.median_us, row.graph_us = 8.0, 90.0, 24.0
+    expected = measure._expected_seconds
+    # it was not measured
+    assert expected([row], 10 * row.elements, False) == 0.0
+    row.status = "ok"
+    assert expected([row], 10 * row.elements, False) == pytest.approx(80.0)
+    # on a GPU compiling took most of it
+    assert expected([row], 10 * row.elements, True) == pytest.approx(measure.RUNS * 240e-6)
+    row.graph_us = None
+    assert expected([row], 10 * row.elements, True) == pytest.approx(measure.RUNS * 900e-6)
+    assert expected([row], row.elements - 1, True) == 0.0
+
+
 def test_one_that_selects_wrongly_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     operation = OPERATIONS["threshold"]
     monkeypatch.setattr(quantiles, "by_sort", lambda scores, density: scores.sort().values[3])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import memory
+from benchmarks import memory, train_step
 
 
 def test_parts_and_peaks(tiny_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,3 +53,23 @@ def test_scales_of_quantised_weights_count(tiny_models: dict[str, Path]) -> None
     assert eight["base_by_dtype"]["int8"] == quantised
     # one scale for each output of a layer
     assert eight["base_by_dtype"]["float32"] == full["base_by_dtype"]["float32"] + 4 * (4 * 16 + 2 * 32 + 16)
+
+
+@pytest.mark.parametrize("shape", ["tiny-t5", "tiny-llama"])
+def test_a_shape_of_random_weights(
+    shape: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    target = tmp_path / "m.json"
+    options = ["--rows", "2", "--length", "16", "--forms", "bf16", "--json", str(target)]
+    assert memory.main(["--shape", shape, *options]) == 0
+    content: Any = json.loads(target.read_text())
+    _, values = train_step.MODELS[shape]
+    assert content["model"] == shape and [path.name for path in tmp_path.iterdir()] == ["m.json"]
+    (found,) = content["results"]
+    # bf16, of embeddings alone this much
+    width = values.get("d_model") or values["hidden_size"]
+    assert 2 * values["vocab_size"] * width < found["base_by_dtype"]["bfloat16"] < 6 * values["vocab_size"] * width
+    with pytest.raises(SystemExit):
+        memory.main(["--shape", shape, "--model", "x", *options])
+    assert "not allowed with argument" in capsys.readouterr().err
