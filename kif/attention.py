@@ -29,8 +29,8 @@ def without_cudnn() -> Iterator[None]:
 def contiguous_position_bias(base: nn.Module) -> None:
     """Have T5's position bias laid out by rows.
 
-    It comes as a transposed view, and what is made of it in transformers before 5.2x is one, too; torch's attention
-    takes no such mask but in its slow implementation, in fp32 and with all scores in memory.
+    It comes as a transposed view, and the mask that transformers 5.17 makes of it is one, too (5.23 copies it in each
+    layer). Such a mask torch's attention takes in its slow implementation only, in fp32 with all scores in memory.
     """
     modules: Iterable[Any] = base.modules()
     for module in modules:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 
 def fuse_norms(base: nn.Module) -> int:
     """Have the model's RMS norms computed by one operation of torch each; returns how many.
 
-    x / sqrt(mean(x^2) + eps) * weight, in fp32 within, rounded once at the end. transformers' modules for it are chains
-    of six or more operations. Taken are those that have just a `weight` and a `variance_epsilon`, as the norms of T5,
-    Llama and their like, and that are seen to compute this; inputs of another dtype than the weight go the old way.
+    x / sqrt(mean(x^2) + eps) * weight, in fp32 within, rounded once at the end. transformers' modules for it are
+    chains of six or more operations. Taken are those that have just a `weight` and a `variance_epsilon`, as the
+    norms of T5, Llama and their like, and that are seen to compute this; inputs of another dtype than the weight,
+    and calls with more than the input, go the old way.
     """
     norms: list[Any] = [module for module in base.modules() if _is_rms_norm(module)]
     for norm in norms:
@@ -54,6 +56,8 @@ def _is_rms_norm(module: nn.Module) -> bool:
     weight, eps = parameters.get("weight"), getattr(module, "variance_epsilon", None)
     if weight is None or len(parameters) > 1 or weight.dim() != 1 or not isinstance(eps, float):
         return False
+    if sum(p.default is p.empty for p in inspect.signature(module.forward).parameters.values()) != 1:
+        return False
     x = torch.linspace(-2.0, 3.0, 2 * weight.numel(), device=weight.device).view(2, -1).to(weight.dtype)
     own, fused = module(x), F.rms_norm(x, weight.shape, weight, eps)
     exact = torch.finfo(x.dtype)
@@ -63,9 +67,10 @@ def _is_rms_norm(module: nn.Module) -> bool:
 
 @cache
 def _fused(kind: Any) -> Any:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        if x.dtype != self.weight.dtype:
-            return kind.forward(self, x)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+    def forward(self: Any, *given: Any, **named: Any) -> Any:
+        # some take a gate besides
+        if named or len(given) != 1 or given[0].dtype != self.weight.dtype:
+            return kind.forward(self, *given, **named)
+        return F.rms_norm(given[0], self.weight.shape, self.weight, self.variance_epsilon)
 
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})

@@ -16,9 +16,11 @@ from transformers.models.auto import modeling_auto as auto
 
 from kif.adapters import linear_layers
 from kif.arena import ParameterArena
+from kif.attention import contiguous_position_bias
 from kif.captured import CapturedSteps
 from kif.config import RunConfig
 from kif.families import Family, LanguageModel
+from kif.layers import fuse_norms
 from kif.methods import METHODS
 from kif.methods.lora_layers import lora_layers
 from kif.methods.sapt import _Mixer
@@ -157,6 +159,16 @@ def test_loss_does_not_depend_on_batch_padding_or_form(load: Loader, model_type:
     assert torch.isfinite(whole)
     torch.testing.assert_close(sum(loss_of(lm, [row]) for row in rows), whole, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(lm.fixed_loss(lm.fixed_batch(rows, 11)).detach(), whole, rtol=1e-4, atol=1e-4)
+
+
+@of("decoder", "encoder-decoder", "encoder")
+def test_what_a_gpu_gets_changes_nothing(load: Loader, model_type: str) -> None:
+    lm = load(model_type)
+    rows = lm.encode(TOPICS, TOPICS.train)
+    before = loss_of(lm, rows)
+    fuse_norms(lm.base)
+    contiguous_position_bias(lm.base)
+    torch.testing.assert_close(loss_of(lm, rows), before, rtol=1e-4, atol=1e-4)
 
 
 @of("decoder", "encoder-decoder", "encoder")

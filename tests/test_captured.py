@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import Kind, build_tiny, rerun, sentiment_task, topic_task
+from tiny import Kind, build_tiny, rerun, sentiment_task, topic_task, without_own_dropout
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -46,14 +46,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny models without dropout of their own."""
-    none = {"dropout_rate": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    none |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-    found = {}
-    for kind in get_args(Kind):
-        found[kind] = build_tiny(kind, tmp_path_factory.mktemp(kind))
-        config = json.loads((found[kind] / "config.json").read_text())
-        (found[kind] / "config.json").write_text(json.dumps(config | none))
-    return found
+    return {kind: without_own_dropout(build_tiny(kind, tmp_path_factory.mktemp(kind))) for kind in get_args(Kind)}
 
 
 def load(kind: str, folders: dict[str, Path], **options: Any) -> tuple[LanguageModel, ParameterArena, list[Encoded]]:

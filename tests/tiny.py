@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,15 @@ def build_tiny(kind: Kind, folder: str | Path) -> Path:
     tokenizer = _tokenizer("llama" if kind == "gpt2" else kind)
     tokenizer.save_pretrained(folder)
     _write_model(lambda: _model(kind, tokenizer), 8 if kind != "t5" else 1.5, folder)
+    return folder
+
+
+def without_own_dropout(folder: Path) -> Path:
+    """Have a written model drop nothing of its own; the adapter's dropout is an option."""
+    none = {"dropout_rate": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    none |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | none))
     return folder
 
 
