@@ -120,7 +120,20 @@ def test_only_what_computes_it_is_taken() -> None:
         def forward(self, x: Tensor, gate: Tensor) -> Tensor:
             return super().forward(x) * gate  # type: ignore[no-any-return]
 
-    others = [Shifted(8), More(8), Needy(8), GemmaRMSNorm(8), nn.LayerNorm(8), nn.RMSNorm(8), nn.Linear(8, 8)]
+    class Demanding(LlamaRMSNorm):  # type: ignore[misc]
+        def forward(self, x: Tensor, gate: Any = None) -> Tensor:
+            return super().forward(x) * gate.float()  # type: ignore[no-any-return]
+
+    others = [
+        Shifted(8),
+        More(8),
+        Needy(8),
+        Demanding(8),
+        GemmaRMSNorm(8),
+        nn.LayerNorm(8),
+        nn.RMSNorm(8),
+        nn.Linear(8, 8),
+    ]
     kinds = [type(module) for module in others]
     assert fuse_norms(nn.Sequential(*others, LlamaRMSNorm(8))) == 1
     assert [type(module) for module in others] == kinds
