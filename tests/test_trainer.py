@@ -578,6 +578,7 @@ def test_names_are_exported() -> None:
 
 
 TWO_PROCESSES = """
+import os
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
@@ -586,8 +587,9 @@ import torch
 lm, _ = load({"llama": Path(sys.argv[2])})
 trainer = train(lm, Path(sys.argv[3]), per_device_train_batch_size=2)
 torch.save(weights(lm), f"{sys.argv[3]}/weights-{trainer.args.process_index}.pt")
-# else its threads may be at work when the process ends, which aborts it now and then
 torch.distributed.destroy_process_group()
+# threads of torch's may still be at work when a process ends as usual, which aborts it now and then
+os._exit(0)
 """
 
 
