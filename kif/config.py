@@ -384,7 +384,7 @@ class RunConfig:
             then padded to, and replay them, one launch a pass; the same result up to rounding and the draws of dropout.
             For methods whose passes are the model's own; not with quantization, gradient_checkpointing, shard_base.
         use_liger_kernel: rotary positions and gated feed-forwards by liger-kernel (pip install "recurrent-kif[liger]"),
-            for Llama and its like on a GPU: less memory and time, the same result up to rounding.
+            in training, for Llama and its like on a GPU: less memory and time, the same result up to rounding.
         warmup_steps: inner steps of linear warm-up in each task; at most a tenth of the task's steps are used.
         weight_decay: decoupled weight decay of AdamW.
         beta1: AdamW decay of the first moment.

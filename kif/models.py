@@ -18,7 +18,7 @@ from kif.config import RunConfig
 from kif.decoder import DecoderModel
 from kif.encoder import EncoderModel, union_of_labels
 from kif.families import Family, LanguageModel, known_tokens, position_limit
-from kif.layers import fuse_norms, use_liger
+from kif.layers import fuse_norms
 from kif.seq2seq import EncoderDecoderModel
 from kif.sharding import shard_base
 from kif.tokenization import check_origin
@@ -42,7 +42,7 @@ def load_language_model(
     layers to the adapter's.
 
     Args:
-        config: model, precision, quantization, device, adapter, head, lengths and liger-kernel.
+        config: model, precision, quantization, device, adapter, head and lengths.
         labels: label list of each task, in training order; None for free text.
         adapter: PEFT folder to continue from, instead of a new adapter. Its own rank, alpha and target modules hold.
         shard: split the base over the processes (`kif.sharding.shard_base`), layer by layer, so that no device has to
@@ -87,8 +87,6 @@ def load_language_model(
     if not quantized:
         # a quantised base was loaded where it is to run, and PEFT put the adapter there
         model.to(device)
-    if config.use_liger_kernel:
-        use_liger(base)
 
     lengths = {"max_length": config.max_length, "max_target_length": config.max_target_length}
     lm: LanguageModel

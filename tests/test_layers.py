@@ -21,9 +21,13 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from kif.attention import contiguous_position_bias
 from kif.config import RunConfig
+from kif.export import export
 from kif.families import LanguageModel
 from kif.layers import fuse_norms, use_liger
+from kif.methods import METHODS
 from kif.models import load_language_model
+from kif.predict import Predictor
+from kif.run import evaluate_run, train
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 TOPICS = topic_task()
@@ -88,12 +92,12 @@ def test_a_norm_is_as_exact_as_its_chain(
 
 
 def test_norms_stay_what_they_are_but_for_their_way(folders: dict[str, Path]) -> None:
-    for kind, count in (("t5", 12), ("llama", 5), ("gpt2", 0), ("bert", 0)):
+    for kind, some in (("t5", True), ("llama", True), ("gpt2", False), ("bert", False)):
         lm = load(folders[kind], target_modules=["c_attn"] if kind == "gpt2" else None)
         loss, grads = gradient(lm)
         before = {name: type(module) for name, module in lm.base.named_modules()}
         found = fuse_norms(lm.base)
-        assert (found > 0) == (count > 0)
+        assert (found > 0) == some
         changed = [name for name, module in lm.base.named_modules() if type(module) is not before[name]]
         assert len(changed) == found
         for name, module in lm.base.named_modules():
@@ -196,7 +200,7 @@ def test_liger_is_asked_for_what_pays(folders: dict[str, Path], monkeypatch: pyt
         use_liger(lm.base)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     with pytest.raises(ValueError, match="use_liger_kernel needs a GPU, the model is on cpu: leave it out"):
-        load(folders["llama"], use_liger_kernel=True)
+        METHODS["seqlora"](lm, RunConfig(use_liger_kernel=True))
     asked: list[Any] = []
     fake: Any = ModuleType("liger_kernel.transformers")
     fake.monkey_patch = SimpleNamespace(
@@ -217,13 +221,33 @@ def test_liger_is_asked_for_what_pays(folders: dict[str, Path], monkeypatch: pyt
     assert asked == [{"model": model, **off}]
 
 
+def test_a_run_with_liger_answers_without_it(folders: dict[str, Path], written: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = RunConfig(
+        model=str(folders["llama"]), data=str(written), tasks=["colours"], output=str(run), method="seqlora",
+        steps_per_task=2, limit_eval=2, device="cpu", cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    train(config, progress=False)
+    before = evaluate_run(run, progress=False)["scores"]
+    text = (run / "config.yaml").read_text()
+    assert text.count("use_liger_kernel: false") == 1
+    # as if it had been trained on a GPU
+    (run / "config.yaml").write_text(text.replace("use_liger_kernel: false", "use_liger_kernel: true"))
+    assert evaluate_run(run, progress=False)["scores"] == before
+    assert Predictor(run, "colours").config.use_liger_kernel
+    export(run, tmp_path / "merged")
+    assert (tmp_path / "merged" / "config.json").is_file()
+
+
 @needs_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_liger_on_a_gpu_trains_as_the_model(precision: Any, folders: dict[str, Path]) -> None:
     pytest.importorskip("liger_kernel")
     options = {"device": "cuda", "precision": precision, "target_modules": ["q_proj", "up_proj", "down_proj"]}
     loss, grads = gradient(load(folders["llama"], **options))
-    found, others = gradient(load(folders["llama"], **options, use_liger_kernel=True))
+    lm = load(folders["llama"], **options)
+    use_liger(lm.base)
+    found, others = gradient(lm)
     exact = precision == "fp32"
     assert found == pytest.approx(loss, rel=1e-4 if exact else 0.02)
     assert (others - grads).norm() < (1e-3 if exact else 0.1) * grads.norm()

@@ -15,6 +15,7 @@ from kif.captured import CapturedSteps
 from kif.config import SECTIONS, RunConfig
 from kif.distributed import world
 from kif.families import Encoded, Family, LanguageModel
+from kif.layers import use_liger
 from kif.low_precision import BF16Adapter
 from kif.optimizer import ArenaAdamW, OptimizerConfig, Scoring
 from kif.tasks import Task
@@ -101,6 +102,8 @@ class Method(ABC):
         self.stopwatch = Stopwatch()
         if config.adapter_precision == "bf16" and "adapter_precision" not in self.unused:
             BF16Adapter(lm, self.arena)
+        if config.use_liger_kernel:
+            use_liger(lm.base)
         self.captured = CapturedSteps(lm, self.arena, _batch_sizes(config)) if config.cuda_graphs else None
 
     @property
