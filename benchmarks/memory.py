@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.machine import _version, environment
-from benchmarks.train_step import MODELS
+from benchmarks.train_step import MODELS, random_base
 from kif.config import KIFConfig, RunConfig
 from kif.engine import RecurrentKIF
 from kif.families import Encoded, LanguageModel
@@ -162,14 +162,9 @@ def write_random(shape: str, folder: Path, device: torch.device) -> None:
     import transformers
     from tokenizers import Tokenizer, models
 
-    kind, values = MODELS[shape]
-    config = transformers.AutoConfig.for_model(
-        kind, eos_token_id=1, **{k: v for k, v in values.items() if k != "eos_token_id"}
-    )
-    auto: Any = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
-    with torch.device(device):
-        auto.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"<{i}>": i for i in range(config.vocab_size)}, unk_token="<2>"))
+    base = random_base(shape, device, torch.bfloat16, eos_token_id=1)
+    base.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"<{i}>": i for i in range(base.config.vocab_size)}, unk_token="<2>"))
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<0>", eos_token="<1>", unk_token="<2>"
     ).save_pretrained(folder)

@@ -39,14 +39,14 @@ from benchmarks.baselines import PerTensorKthvalue
 from benchmarks.machine import environment, write_json
 from benchmarks.workload import LR, MOMENTS, Problem
 from kif.arena import ParameterArena
-from kif.attention import contiguous_position_bias, without_cudnn
+from kif.attention import without_cudnn
 from kif.captured import CapturedSteps
 from kif.config import KIFConfig
 from kif.decoder import DecoderModel
 from kif.engine import RecurrentKIF
 from kif.families import Encoded, LanguageModel
 from kif.generative import IGNORE
-from kif.layers import fuse_norms, use_liger
+from kif.layers import fit_for_gpu, use_liger
 from kif.low_precision import BF16Adapter
 from kif.models import checkpoint_layers
 from kif.seq2seq import EncoderDecoderModel
@@ -106,18 +106,12 @@ def build(name: str, device: torch.device, dtype: torch.dtype, dropout: bool = F
 
     `dropout`: that of Appendix D on the adapter, and T5's own; else none.
     """
-    import transformers
     from peft import LoraConfig, get_peft_model
 
-    kind, values = MODELS[name]
+    kind, _ = MODELS[name]
     torch.manual_seed(0)
+    base = random_base(name, device, dtype, **({"dropout_rate": 0.1 if dropout else 0.0} if kind == "t5" else {}))
     with torch.device(device):
-        if kind == "t5":
-            config: Any = transformers.T5Config(**values, dropout_rate=0.1 if dropout else 0.0)
-            base: Any = transformers.T5ForConditionalGeneration._from_config(config, dtype=dtype)
-        else:
-            config = transformers.LlamaConfig(**values)
-            base = transformers.LlamaForCausalLM._from_config(config, dtype=dtype)
         task = "SEQ_2_SEQ_LM" if kind == "t5" else "CAUSAL_LM"
         targets = ["q", "v"] if kind == "t5" else ["q_proj", "v_proj"]
         share = 0.05 if dropout else 0.0
@@ -127,6 +121,17 @@ def build(name: str, device: torch.device, dtype: torch.dtype, dropout: bool = F
     tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=1)
     model.train()
     return family(model, tokenizer, max_length=10**6, max_target_length=TARGET)
+
+
+def random_base(name: str, device: torch.device, dtype: torch.dtype, **changes: Any) -> Any:
+    """The transformers model of that shape with random weights; `changes`: fields of its config."""
+    import transformers
+
+    kind, values = MODELS[name]
+    config = transformers.AutoConfig.for_model(kind, **{**values, **changes})
+    auto: Any = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    with torch.device(device):
+        return auto.from_config(config, dtype=dtype)
 
 
 def rows_of(count: int, length: int, seed: int) -> list[Encoded]:
@@ -276,8 +281,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
 def _bookkeeping(name: str, lm: LanguageModel, config: KIFConfig, watch: Stopwatch) -> KIF | PerTensor:
     if lm.device.type == "cuda":
         # as when `kif train` loads a model
-        fuse_norms(lm.base)
-        contiguous_position_bias(lm.base)
+        fit_for_gpu(lm.base)
     return PerTensor(lm, config, watch) if name == "per-tensor" else KIF(lm, config, watch, name)
 
 

@@ -11,6 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kif.attention import contiguous_position_bias
+
+
+def fit_for_gpu(base: nn.Module) -> None:
+    """What a model gets that is to run on a GPU, whatever it is: `fuse_norms` and `contiguous_position_bias`."""
+    fuse_norms(base)
+    contiguous_position_bias(base)
+
 
 def fuse_norms(base: nn.Module) -> int:
     """Have the model's RMS norms computed by one operation of torch each; returns how many.

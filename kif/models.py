@@ -13,12 +13,11 @@ from typing import Any
 import torch
 
 from kif.adapters import adapter_in_fp32, new_adapter, task_type
-from kif.attention import contiguous_position_bias
 from kif.config import RunConfig
 from kif.decoder import DecoderModel
 from kif.encoder import EncoderModel, union_of_labels
 from kif.families import Family, LanguageModel, known_tokens, position_limit
-from kif.layers import fuse_norms
+from kif.layers import fit_for_gpu
 from kif.seq2seq import EncoderDecoderModel
 from kif.sharding import shard_base
 from kif.tokenization import check_origin
@@ -71,8 +70,7 @@ def load_language_model(
     with _seeded(config.seed):
         base, new_layers = _load_base(name, model_config, family, config, len(classes), quantized)
         if device.type == "cuda":
-            fuse_norms(base)
-            contiguous_position_bias(base)
+            fit_for_gpu(base)
         _check_padding(tokenizer, base, name)
         if adapter is None:
             model = new_adapter(base, family, config, new_layers)

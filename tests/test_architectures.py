@@ -16,11 +16,10 @@ from transformers.models.auto import modeling_auto as auto
 
 from kif.adapters import linear_layers
 from kif.arena import ParameterArena
-from kif.attention import contiguous_position_bias
 from kif.captured import CapturedSteps
 from kif.config import RunConfig
 from kif.families import Family, LanguageModel
-from kif.layers import fuse_norms
+from kif.layers import fit_for_gpu
 from kif.methods import METHODS
 from kif.methods.lora_layers import lora_layers
 from kif.methods.sapt import _Mixer
@@ -166,8 +165,7 @@ def test_what_a_gpu_gets_changes_nothing(load: Loader, model_type: str) -> None:
     lm = load(model_type)
     rows = lm.encode(TOPICS, TOPICS.train)
     before = loss_of(lm, rows)
-    fuse_norms(lm.base)
-    contiguous_position_bias(lm.base)
+    fit_for_gpu(lm.base)
     torch.testing.assert_close(loss_of(lm, rows), before, rtol=1e-4, atol=1e-4)
 
 

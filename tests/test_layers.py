@@ -168,7 +168,7 @@ def test_a_norm_of_another_dtype_goes_the_old_way() -> None:
 def test_a_loaded_model_is_changed_on_a_gpu_only(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     for name in ("fuse_norms", "contiguous_position_bias"):
-        monkeypatch.setattr(f"kif.models.{name}", lambda base, name=name: seen.append((name, type(base).__name__)))
+        monkeypatch.setattr(f"kif.layers.{name}", lambda base, name=name: seen.append((name, type(base).__name__)))
     load(folders["t5"])
     assert not seen
     monkeypatch.setattr("kif.models.resolve_device", lambda name: SimpleNamespace(type="cuda"))
