@@ -253,7 +253,12 @@ def test_what_cannot_be_recorded_is_refused(folders: dict[str, Path], written: P
 def test_a_pass_is_recorded_with_a_mask_and_without_cudnn(kind: str, folders: dict[str, Path]) -> None:
     lm, arena, rows = load(kind, folders)
     seen: list[tuple[bool, bool]] = []
+    decoders: list[bool] = []
     loss = lm.fixed_loss
+    lm.model.register_forward_pre_hook(
+        lambda module, args, kwargs: decoders.append(bool(kwargs.get("decoder_attention_mask", torch.zeros(1)).all())),
+        with_kwargs=True,
+    )
 
     def watched(batch: Any) -> Tensor:
         seen.append((bool(batch["attention_mask"].all()), torch.backends.cuda.cudnn_sdp_enabled()))
@@ -264,6 +269,8 @@ def test_a_pass_is_recorded_with_a_mask_and_without_cudnn(kind: str, folders: di
     CapturedSteps(lm, arena, [4], rerun).backward(alike, lm.label_count(alike))
     width = lm.fixed_batch(alike, 4)["attention_mask"]
     assert seen == [(False, False), (bool(width.all()), False)]
+    # a decoder's own, if it has one, has something to mask as well
+    assert not decoders[0] and len(decoders) == 2
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
