@@ -12,10 +12,10 @@
 # static contract needs no GPU: python -m benchmarks.contract.
 #
 # steps: that recorded passes and liger-kernel give what launched and plain layers give, on tiny models; then rounds of
-# training (benchmarks.train_step) at the shapes of T5-large and LLaMA-2 7B by transformers' Trainer, by kif
-# with per-tensor bookkeeping, with its own, with the adapter's products in bf16, with CUDA graphs, with liger-kernel
-# where it is installed; and the loss trajectory with graphs. Needs transformers and peft, the tests
-# pytest and hypothesis, the Trainer accelerate too.
+# training (benchmarks.train_step) at the shapes of T5-large and LLaMA-2 7B by transformers' Trainer, by kif with
+# per-tensor bookkeeping, with its own, with the adapter's products in bf16, with CUDA graphs, with liger-kernel where it
+# is installed; and the loss trajectory with graphs. Needs transformers and peft, the tests pytest and hypothesis, the
+# Trainer accelerate too.
 #
 # shapes: FLAN-T5-XL, and LLaMA-2 13B with 4 rows. Everywhere dropout is that of Appendix D but for the trajectory.
 #
