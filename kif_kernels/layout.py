@@ -13,17 +13,19 @@ never the same: the warps of a program read at different times, and must not dis
 """
 
 BINS = 512
+"""Of level 0, and the room for each further level."""
+
+STEP = 8
+"""Bits that a further level resolves, in 2**STEP bins: triton before 3.9 counts by votes, whose cost grows with them."""
+
 LEVELS = 5
 ROW = 8
 
 WHOLE_SHIFT = 22
-"""Window over every float32: half an octave a bin, base 0."""
+"""Window over every float32: half an octave a bin, base 0. Of a level with 2**STEP bins it is one octave."""
 
 WINDOW_SHIFT = 15
 """Window around the last threshold: 1/256 octave a bin, one octave to each side."""
-
-STEP = 9
-"""Bits that a level resolves: BINS = 2**STEP."""
 
 SHARDED_SHIFTS = (22, 13, 4, 0)
 """Windows of a selection without state: every float32, then one bin of the window before."""

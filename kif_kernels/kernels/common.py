@@ -94,7 +94,7 @@ def ranked_score(
 
 
 @triton.jit
-def bit_bins(scores, shift, base):
+def bit_bins(scores, shift, base, BINS: tl.constexpr = BINS):
     """Histogram bin of a score: its bits, shifted, relative to the window, clamped into it."""
     bins = (scores.to(tl.int32, bitcast=True) >> shift) - base
     return tl.minimum(tl.maximum(bins, 0), BINS - 1)
@@ -103,4 +103,4 @@ def bit_bins(scores, shift, base):
 @triton.jit
 def flush(histogram_ptr, counts):
     """Add a program's counts; integers, so the order of programs cannot show."""
-    tl.atomic_add(histogram_ptr + tl.arange(0, BINS), counts.to(tl.int64), mask=counts > 0, sem="relaxed")
+    tl.atomic_add(histogram_ptr + tl.arange(0, counts.shape[0]), counts.to(tl.int64), mask=counts > 0, sem="relaxed")

@@ -23,6 +23,7 @@ ROW: tl.constexpr = tl.constexpr(layout.ROW)
 STEP: tl.constexpr = tl.constexpr(layout.STEP)
 WHOLE_SHIFT: tl.constexpr = tl.constexpr(layout.WHOLE_SHIFT)
 WINDOW_SHIFT: tl.constexpr = tl.constexpr(layout.WINDOW_SHIFT)
+REFINED_BINS: tl.constexpr = tl.constexpr(2**layout.STEP)
 INFINITY_BITS: tl.constexpr = tl.constexpr(0x7F800000)
 
 
@@ -38,7 +39,7 @@ def locate(histogram_ptr, row_ptr, rank_ptr, limit_ptr, LEVEL: tl.constexpr):
         rank = tl.load(rank_ptr)
     else:
         rank = tl.load(row_ptr + 3)
-    bins = tl.arange(0, BINS)
+    bins = tl.arange(0, BINS if LEVEL == 0 else REFINED_BINS)
     counts = tl.load(histogram_ptr + bins)
     not_below = tl.cumsum(counts, 0, reverse=True)
     here = (not_below >= rank) & (not_below - counts < rank)
@@ -58,7 +59,7 @@ def locate(histogram_ptr, row_ptr, rank_ptr, limit_ptr, LEVEL: tl.constexpr):
         # the outer bins of a window also hold everything beyond it
         missed = ((index == 0) & (base > 0)) | ((index == BINS - 1) & (((base + BINS) << shift) <= INFINITY_BITS))
         done = done & (missed == 0)
-        next_shift = tl.where(missed, WHOLE_SHIFT, next_shift)
+        next_shift = tl.where(missed, 31 - STEP, next_shift)
         next_base = tl.where(missed, 0, next_base)
         next_parent = tl.where(missed, 31, next_parent)
         needed = tl.where(missed, rank, needed)
@@ -81,20 +82,22 @@ def answer(histogram_ptr, row_ptr, rank_ptr, limit_ptr, LEVEL: tl.constexpr):
 
 
 @triton.jit
-def count_block(counts, scores_ptr, factor_ptr, at, inside, mask, shift, base, parent, LEVEL: tl.constexpr):
+def count_block(counts, scores_ptr, factor_ptr, at, inside, mask, shift, base, parent, LEVEL: tl.constexpr,
+                BINS: tl.constexpr):  # fmt: skip
     """Add the block's candidates to the histogram: all at level 0, those of the parent's bin at others."""
     x = tl.load(scores_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if factor_ptr is not None:
         x *= tl.load(factor_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if LEVEL > 0:
         inside &= (x.to(tl.int32, bitcast=True) >> parent) == (base >> (parent - shift))
-    return counts + tl.histogram(bit_bins(x, shift, base), BINS, mask=inside)
+    return counts + tl.histogram(bit_bins(x, shift, base, BINS), BINS, mask=inside)
 
 
 @triton.jit
 def count_all(scores_ptr, factor_ptr, chunk_ptr, n, shift, base, parent, LEVEL: tl.constexpr,
               BLOCKS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    counts = tl.zeros([BINS], dtype=tl.int32)
+    bins: tl.constexpr = BINS if LEVEL == 0 else REFINED_BINS
+    counts = tl.zeros([bins], dtype=tl.int32)
     if chunk_ptr is not None:
         start = tl.multiple_of(tl.load(chunk_ptr + 1), 16)
         size = tl.load(chunk_ptr + 2)
@@ -113,11 +116,12 @@ def count_all(scores_ptr, factor_ptr, chunk_ptr, n, shift, base, parent, LEVEL: 
                 base,
                 parent,
                 LEVEL,
+                bins,
             )
     else:
         for block in range(tl.program_id(0), blocks_of(n, BLOCK), tl.num_programs(0)):
             at = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            counts = count_block(counts, scores_ptr, factor_ptr, at, at < n, at < n, shift, base, parent, LEVEL)
+            counts = count_block(counts, scores_ptr, factor_ptr, at, at < n, at < n, shift, base, parent, LEVEL, bins)
     return counts
 
 
