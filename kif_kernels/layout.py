@@ -22,7 +22,7 @@ LEVELS = 5
 ROW = 8
 
 WHOLE_SHIFT = 22
-"""Window over every float32: half an octave a bin, base 0. Of a level with 2**STEP bins it is one octave."""
+"""Window over every float32: half an octave a bin, base 0. After a miss the next level has 31 - STEP, an octave a bin."""
 
 WINDOW_SHIFT = 15
 """Window around the last threshold: 1/256 octave a bin, one octave to each side."""
