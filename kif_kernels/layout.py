@@ -16,13 +16,13 @@ BINS = 512
 """Of level 0, and the room for each further level."""
 
 STEP = 8
-"""Bits that a further level resolves, in 2**STEP bins: triton before 3.9 counts by votes, whose cost grows with them."""
+"""Bits that a further level resolves, in 2**STEP bins: more cost more where triton counts by votes, before 3.9."""
 
 LEVELS = 5
 ROW = 8
 
 WHOLE_SHIFT = 22
-"""Window over every float32: half an octave a bin, base 0. After a miss the next level has 31 - STEP, an octave a bin."""
+"""Window over every float32: half an octave a bin, base 0. After a miss the next one has an octave a bin."""
 
 WINDOW_SHIFT = 15
 """Window around the last threshold: 1/256 octave a bin, one octave to each side."""
