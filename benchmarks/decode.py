@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(options.device)
     lm = build(options.model, device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
     lm.model.eval()
-    batch = lm.prompts(rows_of(options.batch, options.length, 1))
+    batch = lm.prompts(rows_of(options.batch, [options.length], 1))
     settings = {name: value for name, value in vars(options).items() if name != "json"}
     document = {"settings": settings, "environment": environment(device)}
     for ways in measure(lm, batch, options.tokens, options.repeats):

@@ -7,13 +7,13 @@ Contenders: `trainer`, LoRA replay by transformers' Trainer and PEFT; `per-tenso
 with plain PyTorch, one tensor after the other; `kif`, the same with the arena and its fused operations, and `kif-` with
 parts: `bf16`, the adapter's products in bf16 too (`adapter_precision`, for --precision bf16); `checkpointing`, gradient
 checkpointing; `graph`, forward and backward replayed as a CUDA graph (`cuda_graphs`), which counts as backward;
-`liger`, parts of layers by liger-kernel (`use_liger_kernel`); `compile`, by torch.compile, which kif does not do.
-All make the same number of optimizer steps on rows of the same length. What differs by design: this package computes
-logits where there are labels only, the Trainer at all places; on a GPU its norms are one operation (`kif.layers`); T5's
-position bias lies in rows; and the Trainer's attention may be cuDNN's (`kif.attention`). Weights are random, which does
-not matter for time. Each contender runs in a process of its own, in turn, so that its peak memory is its own. With
---trajectory the losses of `per-tensor` and another contender on the same rows from the same weights are compared
-instead.
+`liger`, parts of layers by liger-kernel (`use_liger_kernel`); `compile`, by torch.compile, which kif does not do. All
+make the same number of optimizer steps on rows of the same lengths, of which the Trainer draws its batches. What
+differs by design: this package computes logits where there are labels only, the Trainer at all places; T5's position
+bias is masked once; on a GPU norms are one operation (`kif.layers`), and the Trainer's attention may be cuDNN's
+(`kif.attention`). Weights are random, which does not matter for time. Each contender runs in a process of its own, in
+turn, so that its peak memory is its own. With --trajectory the losses of `per-tensor` and another contender on the same
+rows from the same weights are compared instead.
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ from kif.config import KIFConfig
 from kif.decoder import DecoderModel
 from kif.engine import RecurrentKIF
 from kif.families import Encoded, LanguageModel
-from kif.generative import IGNORE
-from kif.layers import fit_for_gpu, use_liger
+from kif.layers import fit_layers, use_liger
 from kif.low_precision import BF16Adapter
 from kif.models import checkpoint_layers
 from kif.seq2seq import EncoderDecoderModel
@@ -134,11 +133,21 @@ def random_base(name: str, device: torch.device, dtype: torch.dtype, **changes: 
         return auto.from_config(config, dtype=dtype)
 
 
-def rows_of(count: int, length: int, seed: int) -> list[Encoded]:
-    """Rows of random tokens, all of one length."""
+def rows_of(count: int, lengths: Sequence[int], seed: int) -> list[Encoded]:
+    """Rows of random tokens, whose prompts have these lengths in turn."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(2, 30000, (count, length + TARGET), generator=generator).tolist()
-    return [Encoded(tuple(row[:length]), tuple(row[length:]), "random", False) for row in ids]
+    ids = torch.randint(2, 30000, (count, max(lengths) + TARGET), generator=generator).tolist()
+    return [
+        Encoded(tuple(row[TARGET : TARGET + length]), tuple(row[:TARGET]), "random", False)
+        for row, length in zip(ids, itertools.cycle(lengths), strict=False)
+    ]
+
+
+def lengths_of(options: argparse.Namespace) -> list[int]:
+    """Tokens of the prompts in a batch: evenly from the shortest to the longest."""
+    longest, gaps = options.length, max(1, options.batch - 1)
+    shortest = options.shortest or longest
+    return [longest - (longest - shortest) * i // gaps for i in range(options.batch)]
 
 
 class KIF:
@@ -247,7 +256,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     else:
         watch = Stopwatch()
         own = _bookkeeping(options.only, lm, config, watch)
-        rows = rows_of(options.batch, options.length, 1)
+        rows = rows_of(options.batch, lengths_of(options), 1)
         rounds = []
         before: dict[str, float] = {}
         for number in range(options.rounds + 1):
@@ -270,7 +279,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "round_ms": rounds,
         "median_ms": median,
-        "tokens_per_second": 1e3 * steps * options.batch * (options.length + TARGET) / median,
+        "tokens_per_second": 1e3 * steps * sum(length + TARGET for length in lengths_of(options)) / median,
         "parts_ms": parts,
         "bookkeeping_share": 100.0 * sum(parts.get(name, 0.0) for name in BOOKKEEPING) / median if parts else None,
         "peak_bytes": peak,
@@ -279,9 +288,8 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _bookkeeping(name: str, lm: LanguageModel, config: KIFConfig, watch: Stopwatch) -> KIF | PerTensor:
-    if lm.device.type == "cuda":
-        # as when `kif train` loads a model
-        fit_for_gpu(lm.base)
+    # as when `kif train` loads a model
+    fit_layers(lm.base, lm.device)
     return PerTensor(lm, config, watch) if name == "per-tensor" else KIF(lm, config, watch, name)
 
 
@@ -307,7 +315,7 @@ def _trainer(
                     profiler.start()
 
     count = last + steps * options.profile
-    rows = rows_of(options.batch * count, options.length, 1)
+    rows: Any = rows_of(options.batch * count, lengths_of(options), 1)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
@@ -322,7 +330,7 @@ def _trainer(
             disable_tqdm=True,
             dataloader_pin_memory=lm.device.type == "cuda",
         )
-        Trainer(lm.model, arguments, train_dataset=[_features(lm, row) for row in rows], callbacks=[Clock()]).train()
+        Trainer(lm.model, arguments, lm.collate, train_dataset=rows, callbacks=[Clock()]).train()
     found = None
     if options.profile:
         synchronize(lm.device)
@@ -362,17 +370,6 @@ def _kernels(device: torch.device, profiler: torch.profiler.profile) -> dict[str
     }
 
 
-def _features(lm: LanguageModel, row: Encoded) -> dict[str, list[int]]:
-    if lm.family == "encoder-decoder":
-        return {
-            "input_ids": list(row.input_ids), "attention_mask": [1] * len(row.input_ids), "labels": list(row.target),
-        }  # fmt: skip
-    ids = [*row.input_ids, *row.target]
-    return {
-        "input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORE] * len(row.input_ids) + list(row.target),
-    }  # fmt: skip
-
-
 @without_cudnn()
 def trajectory(options: argparse.Namespace) -> dict[str, Any]:
     """Losses of `per-tensor` and the last contender over `options.trajectory` steps, same rows, same weights."""
@@ -384,7 +381,7 @@ def trajectory(options: argparse.Namespace) -> dict[str, Any]:
         lm = build(options.model, device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
         watch = Stopwatch()
         own = _bookkeeping(name, lm, config, watch)
-        pool = rows_of(8 * options.batch, options.length, 2)
+        pool = rows_of(8 * options.batch, lengths_of(options), 2)
         drawn = iter(range(10**9))
 
         def next_rows(pool: list[Encoded] = pool, drawn: Any = drawn) -> list[Encoded]:
@@ -426,6 +423,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=[*BASELINES, "kif"])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=512, help="tokens of a prompt")
+    parser.add_argument("--shortest", type=int, help="tokens of a batch's shortest prompt; default: all of --length")
     parser.add_argument("--inner-steps", type=int, default=8)
     parser.add_argument("--outer-steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds in a turn, after one untimed")

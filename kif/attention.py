@@ -1,7 +1,8 @@
-"""Attention without cuDNN, whose gradients can be NaN, and T5's in the layout that fast implementations take."""
+"""Attention without cuDNN, whose gradients can be NaN, and T5's position bias: its layout, and masked once."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -9,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_MASKED = "_kif_masked"
+"""Attribute of a position bias that has the mask in it."""
 
 
 @contextmanager
@@ -41,3 +45,37 @@ def contiguous_position_bias(base: nn.Module) -> None:
 def _contiguous(compute: Any, *args: Any, **kwargs: Any) -> Tensor:
     bias: Tensor = compute(*args, **kwargs)
     return bias.contiguous()
+
+
+def mask_position_bias_once(base: nn.Module) -> None:
+    """Have all layers of T5's encoder share one masked position bias, of [rows, heads, tokens, tokens].
+
+    transformers 5.17 masks the bias anew in each layer, for torch's attention, and every layer keeps its copy for the
+    backward pass. Results are the same bits.
+    """
+    modules: Iterable[Any] = base.modules()
+    for module in modules:
+        compute: Any = getattr(type(module), "compute_bias", None)
+        # what a decoder masks is small
+        if getattr(module, "is_decoder", True) or compute is None:
+            continue
+        # local attention has a bias of blocks
+        if "key_length" in inspect.signature(compute).parameters:
+            module.register_forward_pre_hook(_masked_once, with_kwargs=True)
+
+
+def _masked_once(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """The first layer adds the mask to its bias, which the model hands on to the others; these leave the mask out."""
+    mask: Any = kwargs.get("mask")
+    bias: Any = kwargs.get("position_bias")
+    if not args or getattr(mask, "dtype", None) != torch.bool or "position_bias" not in kwargs:
+        return None
+    if bias is None and module.has_relative_attention_bias:
+        x = args[0]
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        bias = module.compute_bias(x.shape[1], x.shape[1], device=x.device)
+        bias = torch.where(mask, bias, torch.finfo(dtype).min)
+        setattr(bias, _MASKED, True)
+    if not getattr(bias, _MASKED, False):
+        return None
+    return args, {**kwargs, "mask": None, "position_bias": bias}

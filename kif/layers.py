@@ -11,13 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kif.attention import contiguous_position_bias
+from kif.attention import contiguous_position_bias, mask_position_bias_once
 
 
-def fit_for_gpu(base: nn.Module) -> None:
-    """What a model gets that is to run on a GPU, whatever it is: `fuse_norms` and `contiguous_position_bias`."""
-    fuse_norms(base)
-    contiguous_position_bias(base)
+def fit_layers(base: nn.Module, device: torch.device) -> None:
+    """What every model gets that is to run on `device`.
+
+    `kif.attention.mask_position_bias_once`; on a GPU `fuse_norms` and `kif.attention.contiguous_position_bias`, too.
+    """
+    mask_position_bias_once(base)
+    if device.type == "cuda":
+        fuse_norms(base)
+        contiguous_position_bias(base)
 
 
 def fuse_norms(base: nn.Module) -> int:

@@ -17,7 +17,7 @@ from kif.config import RunConfig
 from kif.decoder import DecoderModel
 from kif.encoder import EncoderModel, union_of_labels
 from kif.families import Family, LanguageModel, known_tokens, position_limit
-from kif.layers import fit_for_gpu
+from kif.layers import fit_layers
 from kif.seq2seq import EncoderDecoderModel
 from kif.sharding import shard_base
 from kif.tokenization import check_origin
@@ -69,8 +69,7 @@ def load_language_model(
 
     with _seeded(config.seed):
         base, new_layers = _load_base(name, model_config, family, config, len(classes), quantized)
-        if device.type == "cuda":
-            fit_for_gpu(base)
+        fit_layers(base, device)
         _check_padding(tokenizer, base, name)
         if adapter is None:
             model = new_adapter(base, family, config, new_layers)

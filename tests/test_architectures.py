@@ -19,7 +19,7 @@ from kif.arena import ParameterArena
 from kif.captured import CapturedSteps
 from kif.config import RunConfig
 from kif.families import Family, LanguageModel
-from kif.layers import fit_for_gpu
+from kif.layers import fit_layers
 from kif.methods import METHODS
 from kif.methods.lora_layers import lora_layers
 from kif.methods.sapt import _Mixer
@@ -165,7 +165,7 @@ def test_what_a_gpu_gets_changes_nothing(load: Loader, model_type: str) -> None:
     lm = load(model_type)
     rows = lm.encode(TOPICS, TOPICS.train)
     before = loss_of(lm, rows)
-    fit_for_gpu(lm.base)
+    fit_layers(lm.base, torch.device("cuda"))
     torch.testing.assert_close(loss_of(lm, rows), before, rtol=1e-4, atol=1e-4)
 
 

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import Kind, build_tiny, build_type, topic_task, without_own_dropout
@@ -19,7 +20,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from kif.attention import contiguous_position_bias
+from kif.attention import contiguous_position_bias, mask_position_bias_once
 from kif.config import RunConfig
 from kif.export import export
 from kif.families import LanguageModel
@@ -165,17 +166,19 @@ def test_a_norm_of_another_dtype_goes_the_old_way() -> None:
         assert torch.equal(norm(x), before) and norm(x).dtype == before.dtype
 
 
-def test_a_loaded_model_is_changed_on_a_gpu_only(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_model_gets_depends_on_the_device(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    for name in ("fuse_norms", "contiguous_position_bias"):
+    names = ("mask_position_bias_once", "fuse_norms", "contiguous_position_bias")
+    for name in names:
         monkeypatch.setattr(f"kif.layers.{name}", lambda base, name=name: seen.append((name, type(base).__name__)))
     load(folders["t5"])
-    assert not seen
+    kind = "T5ForConditionalGeneration"
+    assert seen == [("mask_position_bias_once", kind)]
+    seen.clear()
     monkeypatch.setattr("kif.models.resolve_device", lambda name: SimpleNamespace(type="cuda"))
     monkeypatch.setattr("torch.nn.Module.to", lambda self, *_, **__: self)
     load(folders["t5"])
-    kind = "T5ForConditionalGeneration"
-    assert seen == [("fuse_norms", kind), ("contiguous_position_bias", kind)]
+    assert seen == [(name, kind) for name in names]
 
 
 @pytest.mark.parametrize("model_type", ["t5", "mt5"])
@@ -191,6 +194,61 @@ def test_the_position_bias_lies_in_rows(model_type: str, tmp_path: Path) -> None
         assert bias.shape == (1, 2, 5, 6)
     # a model without one is left alone
     contiguous_position_bias(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize("model_type", ["t5", "mt5", "umt5"])
+def test_the_position_bias_is_masked_once(
+    model_type: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 3, "num_heads": 2, "dropout_rate": 0}
+    folder = build_type(model_type, "encoder-decoder", tmp_path, **t5)
+    lm = load(folder, precision="bf16" if precision == "bf16" else "fp32", target_modules=["q", "v"])
+    width = lm.collate(lm.encode(TOPICS, TOPICS.train))["input_ids"].shape[1]
+    attend, masks = F.scaled_dot_product_attention, []
+
+    def watched(query: Tensor, key: Tensor, *args: Any, attn_mask: Tensor, **kwargs: Any) -> Tensor:
+        if query.shape[2] == key.shape[2] == width:
+            masks.append(attn_mask)
+        return attend(query, key, *args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+
+    def run() -> tuple[float, Tensor, int]:
+        masks.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            loss, grad = gradient(lm)
+        # all still live, so that places tell them apart
+        return loss, grad, len({mask.data_ptr() for mask in masks})
+
+    loss, grad, before = run()
+    if not masks:
+        pytest.skip("this transformers has no such attention for it")
+    mask_position_bias_once(lm.base)
+    contiguous_position_bias(lm.base)
+    again, same, after = run()
+    assert again == loss and torch.equal(same, grad) and grad.any()
+    # in umt5 every layer has a bias of its own
+    assert (before, after) == (3, 3 if model_type == "umt5" else 1)
+
+
+def test_a_bias_that_is_not_masked_yet_keeps_its_mask(folders: dict[str, Path]) -> None:
+    lm = load(folders["t5"])
+    attention = next(m for m in lm.base.modules() if getattr(m, "has_relative_attention_bias", False))
+    x, bias = torch.randn(2, 5, lm.base.config.d_model), torch.randn(1, attention.n_heads, 5, 5)
+    mask = torch.ones(2, 1, 5, 5, dtype=torch.bool)
+    mask[1, ..., 3:] = False
+    calls: list[dict[str, Any]] = [
+        {"mask": mask, "position_bias": bias},
+        {"mask": None, "position_bias": bias},
+        {"mask": None, "position_bias": None},
+        {"mask": mask.float().log(), "position_bias": None},
+        {},
+    ]
+    before = [attention(x, **call)[0] for call in calls]
+    mask_position_bias_once(lm.base)
+    for call, expected in zip(calls, before, strict=True):
+        assert torch.equal(attention(x, **call)[0], expected)
 
 
 def test_liger_is_asked_for_what_pays(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,24 @@ def test_a_contender_is_measured(
     assert min(found["parts_ms"].values()) >= 0 and 0 < found["bookkeeping_share"] < 100
 
 
+@pytest.mark.parametrize("name", ["trainer", "kif"])
+@pytest.mark.parametrize("model", ["tiny-t5", "tiny-llama"])
+def test_rows_of_a_batch_may_differ_in_length(model: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if name == "trainer":
+        pytest.importorskip("accelerate")
+    options = ["--model", model, *SMALL, "--batch=3", "--shortest=3"]
+    assert train_step.main([*options, "--only", name]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    # 3 steps of rows with 8, 6 and 3 tokens, 8 more each
+    assert found["tokens_per_second"] == pytest.approx(3 * (16 + 14 + 11) * 1e3 / found["median_ms"])
+
+
+def test_rows_have_their_lengths_in_turn() -> None:
+    rows = train_step.rows_of(5, [8, 3], 1)
+    assert [len(row.input_ids) for row in rows] == [8, 3, 8, 3, 8]
+    assert {len(row.target) for row in rows} == {8} and len({row.target for row in rows}) == 5
+
+
 @pytest.mark.parametrize("model", ["tiny-t5", "tiny-llama"])
 def test_the_fast_path_trains_as_the_plain_one(model: str, tmp_path: Path) -> None:
     target = tmp_path / "new" / "trajectory.json"
