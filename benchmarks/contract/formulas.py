@@ -7,10 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Bytes:
-    """Bytes per element that a pass loads and stores."""
+    """Bytes per element that a pass loads and stores.
+
+    `atomics`: operations in its loop, on a way that only few elements take.
+    """
 
     load: int
     store: int
+    atomics: int = 0
 
 
 def importance_bytes(value: int = 4, state: int = 4, *, reset: bool = False, uncertainty: bool = False) -> Bytes:
@@ -40,8 +44,8 @@ def adamw_bytes(
 
 
 def scores_bytes(state: int = 4, *, uncertainty: bool = False) -> Bytes:
-    """The scores of one side are read."""
-    return Bytes(state * (1 + uncertainty), 0)
+    """The scores of one side are read; few are counted by an atomic operation each, in a loop for either side."""
+    return Bytes(state * (1 + uncertainty), 0, atomics=2)
 
 
 def fuse_bytes(state: int = 4, *, uncertainty: bool = False, write_start: bool = True, shadow: bool = False) -> Bytes:

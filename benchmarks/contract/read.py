@@ -165,6 +165,8 @@ def _regions(ttgir: str) -> Region:
 
 
 def _add_operation(region: Region, text: str, places: dict[str, Position]) -> None:
+    if re.search(r'\btt\.elementwise_inline_asm ".*\b(red|atom)\.', text):
+        region.atomics += 1
     operation = re.search(r"\btt\.(load|store|atomic_\w+)\b", text)
     if operation is None:
         return

@@ -15,11 +15,10 @@ def blocks_of(n, BLOCK: tl.constexpr):
     return (n - 1) // BLOCK + 1
 
 
-_FLUSHING: tl.constexpr = tl.constexpr(
-    isinstance(blocks_of, triton.JITFunction)
-    and torch.version.hip is None
-    and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
-)
+_PTX: tl.constexpr = tl.constexpr(isinstance(blocks_of, triton.JITFunction) and torch.version.hip is None)
+"""Whether kernels are compiled for CUDA, not interpreted."""
+
+_FLUSHING: tl.constexpr = tl.constexpr(_PTX.value and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6))
 """Whether tl.div_rn and tl.sqrt_rn take denormals for 0: compiled for CUDA by triton 3.4 and 3.5."""
 
 
@@ -104,3 +103,25 @@ def bit_bins(scores, shift, base, BINS: tl.constexpr = BINS):
 def flush(histogram_ptr, counts):
     """Add a program's counts; integers, so the order of programs cannot show."""
     tl.atomic_add(histogram_ptr + tl.arange(0, counts.shape[0]), counts.to(tl.int64), mask=counts > 0, sem="relaxed")
+
+
+@triton.jit
+def add_one_each(histogram_ptr, bins, mask):
+    """Add 1 to the bins of masked elements, one by one: for few of them."""
+    if _PTX:
+        # tl.atomic_add would first move all elements to other threads, through shared memory
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred %one;
+            setp.ne.b32 %one, $2, 0;
+            @%one red.relaxed.gpu.global.add.u64 [$1], 1;
+            mov.b32 $0, 0;
+            }""",
+            "=r,l,r",
+            [(histogram_ptr + bins).to(tl.uint64), mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.atomic_add(histogram_ptr + bins, tl.full(bins.shape, 1, tl.int64), mask=mask, sem="relaxed")

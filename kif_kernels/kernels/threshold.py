@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import layout, reference
 from ..segments import SEGMENT_CHUNK
-from .common import BINS, bit_bins, blocks_of, flush
+from .common import BINS, add_one_each, bit_bins, blocks_of, flush
 from .launch import BLOCK, contiguous, flat, launch, programs_for
 
 LEVELS: tl.constexpr = tl.constexpr(layout.LEVELS)
@@ -24,6 +24,8 @@ STEP: tl.constexpr = tl.constexpr(layout.STEP)
 WHOLE_SHIFT: tl.constexpr = tl.constexpr(layout.WHOLE_SHIFT)
 WINDOW_SHIFT: tl.constexpr = tl.constexpr(layout.WINDOW_SHIFT)
 REFINED_BINS: tl.constexpr = tl.constexpr(2**layout.STEP)
+MANY: tl.constexpr = tl.constexpr(512)
+"""Candidates that are at most 1 / MANY of the elements are counted in memory one by one, at worst all in one bin."""
 INFINITY_BITS: tl.constexpr = tl.constexpr(0x7F800000)
 
 
@@ -31,7 +33,8 @@ INFINITY_BITS: tl.constexpr = tl.constexpr(0x7F800000)
 def locate(histogram_ptr, row_ptr, rank_ptr, limit_ptr, LEVEL: tl.constexpr):
     """Where the wanted rank lies in the histogram of `LEVEL`.
 
-    Returns (done, bits, shift, base, parent shift, rank): the threshold's bits when done, else the next level's row.
+    Returns (done, bits, shift, base, parent shift, rank, candidates): the threshold's bits when done, else the next
+    level's row and how many elements it counts.
     """
     shift = tl.load(row_ptr)
     base = tl.load(row_ptr + 1)
@@ -63,12 +66,14 @@ def locate(histogram_ptr, row_ptr, rank_ptr, limit_ptr, LEVEL: tl.constexpr):
         next_base = tl.where(missed, 0, next_base)
         next_parent = tl.where(missed, 31, next_parent)
         needed = tl.where(missed, rank, needed)
-    return done, bits, next_shift, next_base, next_parent, needed
+        inside = tl.where(missed, tl.sum(counts, 0), inside)
+    return done, bits, next_shift, next_base, next_parent, needed, inside
 
 
 @triton.jit
 def answer(histogram_ptr, row_ptr, rank_ptr, limit_ptr, LEVEL: tl.constexpr):
     """What `locate` returns for `LEVEL`, or what an earlier level found; and the number of levels that have counted."""
+    candidates = tl.full([], 0, tl.int64)
     bits = tl.load(row_ptr + 5)
     shift = tl.load(row_ptr)
     base = tl.load(row_ptr + 1)
@@ -77,27 +82,31 @@ def answer(histogram_ptr, row_ptr, rank_ptr, limit_ptr, LEVEL: tl.constexpr):
     passes = tl.load(row_ptr + 6)
     done = tl.load(row_ptr + 4) != 0
     if not done:
-        done, bits, shift, base, parent, rank = locate(histogram_ptr, row_ptr, rank_ptr, limit_ptr, LEVEL)
-    return done, bits, shift, base, parent, rank, passes
+        done, bits, shift, base, parent, rank, candidates = locate(histogram_ptr, row_ptr, rank_ptr, limit_ptr, LEVEL)
+    return done, bits, shift, base, parent, rank, candidates, passes
 
 
 @triton.jit
-def count_block(counts, scores_ptr, factor_ptr, at, inside, mask, shift, base, parent, LEVEL: tl.constexpr,
-                BINS: tl.constexpr):  # fmt: skip
-    """Add the block's candidates to the histogram: all at level 0, those of the parent's bin at others."""
+def count_block(counts, histogram_ptr, scores_ptr, factor_ptr, at, inside, mask, shift, base, parent,
+                LEVEL: tl.constexpr, FEW: tl.constexpr):  # fmt: skip
+    """Count the block's candidates, all at level 0, those of the parent's bin at others; in memory if they are FEW."""
     x = tl.load(scores_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if factor_ptr is not None:
         x *= tl.load(factor_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    bits = x.to(tl.int32, bitcast=True)
     if LEVEL > 0:
-        inside &= (x.to(tl.int32, bitcast=True) >> parent) == (base >> (parent - shift))
-    return counts + tl.histogram(bit_bins(x, shift, base, BINS), BINS, mask=inside)
+        inside &= (bits >> parent) == (base >> (parent - shift))
+    if FEW:
+        add_one_each(histogram_ptr, (bits >> shift) - base, inside)
+    else:
+        counts += tl.histogram(bit_bins(x, shift, base, counts.shape[0]), counts.shape[0], mask=inside)
+    return counts
 
 
 @triton.jit
-def count_all(scores_ptr, factor_ptr, chunk_ptr, n, shift, base, parent, LEVEL: tl.constexpr,
-              BLOCKS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    bins: tl.constexpr = BINS if LEVEL == 0 else REFINED_BINS
-    counts = tl.zeros([bins], dtype=tl.int32)
+def count_all(histogram_ptr, scores_ptr, factor_ptr, chunk_ptr, n, shift, base, parent, LEVEL: tl.constexpr,
+              FEW: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    counts = tl.zeros([BINS if LEVEL == 0 else REFINED_BINS], dtype=tl.int32)
     if chunk_ptr is not None:
         start = tl.multiple_of(tl.load(chunk_ptr + 1), 16)
         size = tl.load(chunk_ptr + 2)
@@ -105,24 +114,30 @@ def count_all(scores_ptr, factor_ptr, chunk_ptr, n, shift, base, parent, LEVEL: 
         readable = tl.minimum(tl.cdiv(size, 16) * 16, n - start)
         for block in range(BLOCKS):
             inner = block * BLOCK + tl.arange(0, BLOCK)
+            at, inside, mask = start + inner, inner < size, inner < readable
             counts = count_block(
-                counts,
-                scores_ptr,
-                factor_ptr,
-                start + inner,
-                inner < size,
-                inner < readable,
-                shift,
-                base,
-                parent,
-                LEVEL,
-                bins,
+                counts, histogram_ptr, scores_ptr, factor_ptr, at, inside, mask, shift, base, parent, LEVEL, FEW
             )
     else:
         for block in range(tl.program_id(0), blocks_of(n, BLOCK), tl.num_programs(0)):
             at = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            counts = count_block(counts, scores_ptr, factor_ptr, at, at < n, at < n, shift, base, parent, LEVEL, bins)
-    return counts
+            inside = at < n
+            counts = count_block(
+                counts, histogram_ptr, scores_ptr, factor_ptr, at, inside, inside, shift, base, parent, LEVEL, FEW
+            )
+    if not FEW:
+        flush(histogram_ptr, counts)
+
+
+@triton.jit
+def count_side(histogram_ptr, scores_ptr, factor_ptr, chunk_ptr, n, shift, base, parent, few, LEVEL: tl.constexpr,
+               BLOCKS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    if LEVEL == 0:
+        count_all(histogram_ptr, scores_ptr, factor_ptr, chunk_ptr, n, shift, base, parent, 0, False, BLOCKS, BLOCK)
+    elif few:
+        count_all(histogram_ptr, scores_ptr, factor_ptr, chunk_ptr, n, shift, base, parent, LEVEL, True, BLOCKS, BLOCK)
+    else:
+        count_all(histogram_ptr, scores_ptr, factor_ptr, chunk_ptr, n, shift, base, parent, LEVEL, False, BLOCKS, BLOCK)
 
 
 @triton.jit(do_not_specialize=["groups"])
@@ -155,12 +170,13 @@ def refine_kernel(
     row_ptr = state_ptr + ((side * groups + group) * LEVELS + LEVEL) * ROW
     histogram_ptr = histograms_ptr + ((side * LEVELS + LEVEL) * groups + group) * BINS
     done = False
+    few = False
     if LEVEL == 0:
         shift = tl.load(row_ptr)
         base = tl.load(row_ptr + 1)
         parent = tl.full([], 31, tl.int64)
     else:
-        done, bits, shift, base, parent, rank, passes = answer(
+        done, bits, shift, base, parent, rank, candidates, passes = answer(
             histogram_ptr - groups * BINS, row_ptr - ROW, ranks_ptr + group, limits_ptr + group, LEVEL - 1
         )
         if first:
@@ -171,15 +187,15 @@ def refine_kernel(
             tl.store(row_ptr + 4, done.to(tl.int64))
             tl.store(row_ptr + 5, bits)
             tl.store(row_ptr + 6, tl.where(done, passes, LEVEL))
+        few = candidates * MANY <= n
     if not done:
         s = shift.to(tl.int32)
         b = base.to(tl.int32)
         p = parent.to(tl.int32)
         if side == 0:
-            counts = count_all(scores_in_ptr, factor_in_ptr, chunk_ptr, n, s, b, p, LEVEL, BLOCKS, BLOCK)
+            count_side(histogram_ptr, scores_in_ptr, factor_in_ptr, chunk_ptr, n, s, b, p, few, LEVEL, BLOCKS, BLOCK)
         else:
-            counts = count_all(scores_out_ptr, factor_out_ptr, chunk_ptr, n, s, b, p, LEVEL, BLOCKS, BLOCK)
-        flush(histogram_ptr, counts)
+            count_side(histogram_ptr, scores_out_ptr, factor_out_ptr, chunk_ptr, n, s, b, p, few, LEVEL, BLOCKS, BLOCK)
 
 
 @triton.jit(do_not_specialize=["groups"])
@@ -189,7 +205,7 @@ def select_kernel(thresholds_ptr, histograms_ptr, state_ptr, ranks_ptr, limits_p
     side = tl.program_id(1)
     rows_ptr = state_ptr + (side * groups + group) * (LEVELS * ROW)
     histogram_ptr = histograms_ptr + (side * LEVELS * groups + group) * BINS
-    _, bits, _, _, _, _, passes = answer(
+    _, bits, _, _, _, _, _, passes = answer(
         histogram_ptr + (LEVELS - 1) * groups * BINS,
         rows_ptr + (LEVELS - 1) * ROW,
         ranks_ptr + group,
@@ -212,7 +228,7 @@ def select_kernel(thresholds_ptr, histograms_ptr, state_ptr, ranks_ptr, limits_p
 def histogram_kernel(scores_ptr, factor_ptr, histogram_ptr, window_ptr, n, BLOCK: tl.constexpr):
     shift = tl.load(window_ptr).to(tl.int32)
     base = tl.load(window_ptr + 1).to(tl.int32)
-    flush(histogram_ptr, count_all(scores_ptr, factor_ptr, None, n, shift, base, 31, 0, 1, BLOCK))
+    count_all(histogram_ptr, scores_ptr, factor_ptr, None, n, shift, base, 31, 0, False, 1, BLOCK)
 
 
 def histogram_(histogram: Tensor, window: Tensor, importance: Tensor, uncertainty: Tensor | None) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import kif_kernels as kk
 from kif.arena import ParameterArena
 from kif.config import KIFConfig
 from kif.engine import RecurrentKIF
@@ -57,3 +58,31 @@ def test_a_round_moves_what_is_stated(monkeypatch: pytest.MonkeyPatch) -> None:
     # the windows were hit: two passes a side make the thresholds exact; more elements fill a few bins more
     assert found["refine_kernel"] == pytest.approx(16, rel=0.01)
     assert sum(found.values()) == pytest.approx(PLAIN * steps + 8 * steps + 44 + again, rel=1e-3)
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize(("ties", "additions"), [(32, [32, 32, 0, 0]), (33, [1, 1, 0, 0])])
+def test_few_candidates_are_added_one_by_one(ties: int, additions: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to a 512th of the elements; the counts of more go from a program to memory at once."""
+    from ptx import launch
+    from ptx.memory import ATOMIC, Memory
+
+    n = 2**14
+    k = kk.mask_size(0.2, n)
+    x = torch.ones(n)
+    x[: k - 1] = 4.0
+    x[8192 : 8192 + ties] = 2.0
+    selection = kk.StreamingThreshold(0.2, n)
+    selection.select((x,))
+    found: list[int] = []
+
+    def observe(kernel: str, memory: Memory) -> None:
+        if kernel == "refine_kernel":
+            # the last region is shared memory
+            atomic = [a for a in memory.log if a.kind == ATOMIC and a.region < len(memory.starts)]
+            found.append(sum(len(accesses.byte) for accesses in atomic))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "observers", [observe])
+        threshold = selection.select((x,))
+    assert threshold.item() == 2.0 and found[1:] == additions
