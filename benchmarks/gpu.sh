@@ -17,7 +17,7 @@
 # is installed; and the loss trajectory with graphs. Needs transformers and peft, the tests pytest and hypothesis, the
 # Trainer accelerate too.
 #
-# shapes: FLAN-T5-XL, and LLaMA-2 13B with 4 rows. Everywhere dropout is that of Appendix D but for the trajectory.
+# shapes: FLAN-T5-XL, rows of 64 to 512 tokens, and LLaMA-2 13B with 4 rows. Everywhere dropout is that of Appendix D but for the trajectory.
 #
 # bases: the memory that LLaMA-2 7B takes in bf16, in 8 and in 4 bits, where bitsandbytes is installed; writes 13 GB to
 # TMPDIR for a while.
@@ -99,11 +99,14 @@ fi
 
 if [ "$part" = shapes ]; then
   if [ "$device" = cpu ]; then
-    step shapes 120 --model tiny-llama "${real[@]}" --outer-steps 1 --length 32 --rounds 2 --contenders trainer kif-bf16
+    step shapes 120 --model tiny-llama "${real[@]}" --outer-steps 1 --length 32 --shortest 8 --rounds 2 \
+      --contenders trainer kif-bf16
   else
     best=kif-bf16
     "$python" -c "import liger_kernel" 2>/dev/null && best=kif-bf16-liger
     step flan-t5-xl 120 --model flan-t5-xl "${real[@]}" --rounds 2 --contenders trainer kif-bf16-graph
+    step t5-large-lengths 80 --model t5-large "${real[@]}" --shortest 64 --contenders kif-bf16-graph trainer
+    step llama2-7b-lengths 100 --model llama2-7b "${real[@]}" --shortest 64 --rounds 2 --contenders $best trainer
     step llama2-13b 180 --model llama2-13b "${real[@]}" --batch 4 --rounds 2 --contenders trainer $best
   fi
   finish
