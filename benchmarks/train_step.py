@@ -8,12 +8,12 @@ with plain PyTorch, one tensor after the other; `kif`, the same with the arena a
 parts: `bf16`, the adapter's products in bf16 too (`adapter_precision`, for --precision bf16); `checkpointing`, gradient
 checkpointing; `graph`, forward and backward replayed as a CUDA graph (`cuda_graphs`), which counts as backward;
 `liger`, parts of layers by liger-kernel (`use_liger_kernel`); `compile`, by torch.compile, which kif does not do. All
-make the same number of optimizer steps on rows of the same lengths, of which the Trainer draws its batches. What
-differs by design: this package computes logits where there are labels only, the Trainer at all places; T5's position
-bias is masked once; on a GPU norms are one operation (`kif.layers`), and the Trainer's attention may be cuDNN's
-(`kif.attention`). Weights are random, which does not matter for time. Each contender runs in a process of its own, in
-turn, so that its peak memory is its own. With --trajectory the losses of `per-tensor` and another contender on the same
-rows from the same weights are compared instead.
+make the same number of optimizer steps on rows of the same lengths. What differs by design: this package computes
+logits where there are labels only, the Trainer at all places; T5's position bias is masked once; on a GPU norms are one
+operation (`kif.layers`), and the Trainer's attention may be cuDNN's (`kif.attention`). Weights are random, which does
+not matter for time. Each contender runs in a process of its own, in turn, so that its peak memory is its own. With
+--trajectory the losses of `per-tensor` and another contender on the same rows from the same weights are compared
+instead.
 """
 
 from __future__ import annotations
@@ -321,6 +321,8 @@ def _trainer(
             folder,
             per_device_train_batch_size=options.batch,
             max_steps=count,
+            # every batch has rows of all lengths
+            train_sampling_strategy="sequential",
             learning_rate=LR,
             bf16=options.precision == "bf16",
             use_cpu=lm.device.type == "cpu",

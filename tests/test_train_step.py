@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from tiny import rerun
 
 from benchmarks import train_step
 from kif.captured import CapturedSteps
+from kif.decoder import DecoderModel
+from kif.families import Batch, Encoded, LanguageModel
+from kif.seq2seq import EncoderDecoderModel
 
 SMALL = ["--length=8", "--batch=2", "--rounds=2", "--inner-steps=2", "--outer-steps=1", "--device=cpu"]
 
@@ -54,11 +58,23 @@ def test_a_contender_is_measured(
 
 @pytest.mark.parametrize("name", ["trainer", "kif"])
 @pytest.mark.parametrize("model", ["tiny-t5", "tiny-llama"])
-def test_rows_of_a_batch_may_differ_in_length(model: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_of_a_batch_may_differ_in_length(
+    model: str, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     if name == "trainer":
         pytest.importorskip("accelerate")
+    seen: list[list[int]] = []
+    family = EncoderDecoderModel if model == "tiny-t5" else DecoderModel
+    collate = family.collate
+
+    def watched(self: LanguageModel, rows: Sequence[Encoded]) -> Batch:
+        seen.append([len(row.input_ids) for row in rows])
+        return collate(self, rows)
+
+    monkeypatch.setattr(family, "collate", watched)
     options = ["--model", model, *SMALL, "--batch=3", "--shortest=3"]
     assert train_step.main([*options, "--only", name]) == 0
+    assert len(seen) == 9 and all(lengths == [8, 6, 3] for lengths in seen)
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     # 3 steps of rows with 8, 6 and 3 tokens, 8 more each
     assert found["tokens_per_second"] == pytest.approx(3 * (16 + 14 + 11) * 1e3 / found["median_ms"])
