@@ -60,20 +60,11 @@ def test_a_round_moves_what_is_stated(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(found.values()) == pytest.approx(PLAIN * steps + 8 * steps + 44 + again, rel=1e-3)
 
 
-@pytest.mark.emulated
-@pytest.mark.parametrize(("ties", "additions"), [(32, [32, 32, 0, 0]), (33, [1, 1, 0, 0])])
-def test_few_candidates_are_added_one_by_one(ties: int, additions: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to a 512th of the elements; the counts of more go from a program to memory at once."""
+def additions(selection: kk.StreamingThreshold, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Atomic operations on memory of each pass of a selection."""
     from ptx import launch
     from ptx.memory import ATOMIC, Memory
 
-    n = 2**14
-    k = kk.mask_size(0.2, n)
-    x = torch.ones(n)
-    x[: k - 1] = 4.0
-    x[8192 : 8192 + ties] = 2.0
-    selection = kk.StreamingThreshold(0.2, n)
-    selection.select((x,))
     found: list[int] = []
 
     def observe(kernel: str, memory: Memory) -> None:
@@ -84,5 +75,34 @@ def test_few_candidates_are_added_one_by_one(ties: int, additions: list[int], mo
 
     with monkeypatch.context() as patch:
         patch.setattr(launch, "observers", [observe])
-        threshold = selection.select((x,))
-    assert threshold.item() == 2.0 and found[1:] == additions
+        selection.select((x,))
+    return found
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize(("ties", "expected"), [(32, [32, 32, 0, 0]), (33, [1, 1, 0, 0])])
+def test_few_candidates_are_added_one_by_one(ties: int, expected: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to a 512th of the elements; the counts of more go from a program to memory at once."""
+    n = 2**14
+    x = torch.ones(n)
+    x[: kk.mask_size(0.2, n) - 1] = 4.0
+    x[8192 : 8192 + ties] = 2.0
+    selection = kk.StreamingThreshold(0.2, n)
+    selection.select((x,))
+    assert additions(selection, x, monkeypatch)[1:] == expected
+    assert selection.thresholds.item() == 2.0
+
+
+@pytest.mark.emulated
+def test_after_a_miss_all_elements_are_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few were in the window's outer bin."""
+    n = 2**14
+    x = torch.ones(n)
+    x[:5] = 2.0
+    selection = kk.StreamingThreshold(0.0, n)
+    selection.set_rank(3)
+    selection.select((x,))
+    x[:5] = 32.0
+    # ones in each program, and the five in the first
+    assert max(additions(selection, x, monkeypatch)[1:]) <= n // 1024 + 1
+    assert selection.thresholds.item() == 32.0
