@@ -74,7 +74,8 @@ def _masked_once(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, d
         x = args[0]
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         bias = module.compute_bias(x.shape[1], x.shape[1], device=x.device)
-        bias = torch.where(mask, bias, torch.finfo(dtype).min)
+        # in rows, or transformers 5.23 copies it in each layer
+        bias = torch.where(mask, bias, torch.finfo(dtype).min).contiguous()
         setattr(bias, _MASKED, True)
     if not getattr(bias, _MASKED, False):
         return None

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import Kind, build_tiny, build_type, topic_task, without_own_dropout
 from torch import Tensor, nn
+from transformers import LongT5Config, LongT5ForConditionalGeneration
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
@@ -203,6 +204,7 @@ def test_the_position_bias_is_masked_once(
 ) -> None:
     t5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 3, "num_heads": 2, "dropout_rate": 0}
     folder = build_type(model_type, "encoder-decoder", tmp_path, **t5)
+    monkeypatch.setattr("kif.models.fit_layers", lambda *_: None)
     lm = load(folder, precision="bf16" if precision == "bf16" else "fp32", target_modules=["q", "v"])
     width = lm.collate(lm.encode(TOPICS, TOPICS.train))["input_ids"].shape[1]
     attend, masks = F.scaled_dot_product_attention, []
@@ -223,32 +225,59 @@ def test_the_position_bias_is_masked_once(
 
     loss, grad, before = run()
     if not masks:
-        pytest.skip("this transformers has no such attention for it")
+        pytest.skip("this transformers masks the bias once, by itself")
     mask_position_bias_once(lm.base)
-    contiguous_position_bias(lm.base)
     again, same, after = run()
     assert again == loss and torch.equal(same, grad) and grad.any()
     # in umt5 every layer has a bias of its own
     assert (before, after) == (3, 3 if model_type == "umt5" else 1)
 
 
-def test_a_bias_that_is_not_masked_yet_keeps_its_mask(folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_attention_called_in_other_ways_stays_what_it_was(
+    autocast: bool, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kif.models.fit_layers", lambda *_: None)
     lm = load(folders["t5"])
-    attention = next(m for m in lm.base.modules() if getattr(m, "has_relative_attention_bias", False))
-    x, bias = torch.randn(2, 5, lm.base.config.d_model), torch.randn(1, attention.n_heads, 5, 5)
-    mask = torch.ones(2, 1, 5, 5, dtype=torch.bool)
-    mask[1, ..., 3:] = False
+    if lm.base.config._attn_implementation != "sdpa":
+        pytest.skip("this transformers masks T5's bias once, by itself")
+    encoder, decoder = (m for m in lm.base.modules() if getattr(m, "has_relative_attention_bias", False))
+    x, bias = torch.randn(3, 5, lm.base.config.d_model), torch.randn(1, encoder.n_heads, 5, 5)
+    mask = torch.ones(3, 1, 5, 5, dtype=torch.bool)
+    # a row that sees nothing sees all alike, and not NaN
+    mask[1, ..., 3:], mask[2] = False, False
     calls: list[dict[str, Any]] = [
+        {"mask": mask, "position_bias": None},
         {"mask": mask, "position_bias": bias},
         {"mask": None, "position_bias": bias},
         {"mask": None, "position_bias": None},
-        {"mask": mask.float().log(), "position_bias": None},
+        {"mask": torch.where(mask, 0.0, -1e4), "position_bias": None},
         {},
     ]
-    before = [attention(x, **call)[0] for call in calls]
+
+    def answers() -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
+            named = encoder(hidden_states=x, mask=mask, position_bias=None)[0]
+            return [named, *(module(x, **call)[0] for module in (encoder, decoder) for call in calls)]
+
+    before = answers()
     mask_position_bias_once(lm.base)
-    for call, expected in zip(calls, before, strict=True):
-        assert torch.equal(attention(x, **call)[0], expected)
+    assert all(torch.isfinite(a).all() and torch.equal(a, b) for a, b in zip(answers(), before, strict=True))
+    # cached tokens are seen from the decoder's last place
+    assert not decoder._forward_pre_hooks and encoder._forward_pre_hooks
+
+
+def test_local_attention_is_left_alone() -> None:
+    config = LongT5Config(
+        vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, local_radius=3, dropout_rate=0,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    model = LongT5ForConditionalGeneration(config)
+    ids = torch.randint(1, 50, (2, 17), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids).tril(9), "labels": ids[:, :3].clone()}
+    before = model(**batch).loss
+    mask_position_bias_once(model)
+    assert torch.equal(model(**batch).loss, before)
 
 
 def test_liger_is_asked_for_what_pays(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
