@@ -17,7 +17,8 @@
 # is installed; and the loss trajectory with graphs. Needs transformers and peft, the tests pytest and hypothesis, the
 # Trainer accelerate too.
 #
-# shapes: FLAN-T5-XL, rows of 64 to 512 tokens, and LLaMA-2 13B with 4 rows. Everywhere dropout is that of Appendix D but for the trajectory.
+# shapes: FLAN-T5-XL, rows of 64 to 512 tokens, and LLaMA-2 13B with 4 rows. Everywhere dropout is that of Appendix D but
+# for the trajectory.
 #
 # bases: the memory that LLaMA-2 7B takes in bf16, in 8 and in 4 bits, where bitsandbytes is installed; writes 13 GB to
 # TMPDIR for a while.

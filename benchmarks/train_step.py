@@ -438,6 +438,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
     parser.add_argument("--only", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.shortest is not None and not 1 <= options.shortest <= options.length:
+        parser.error(f"--shortest must be 1 to {options.length}, the --length, got {options.shortest}")
     if options.dropout and options.trajectory:
         parser.error("losses are compared without --dropout, whose draws would differ")
     if options.only:

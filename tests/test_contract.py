@@ -105,6 +105,7 @@ def test_every_launch_of_the_engine_is_judged(measured: dict[str, Any]) -> None:
         ("unaligned", "width: narrowest access of an element loop 32 bits, wanted 128"),
         ("doubled load", "load: by formula 4 B/element -> now 8"),
         ("atomics in the loop", "1 atomic operations in the element loop, allowed 0"),
+        ("atomics in assembly", "1 atomic operations in the element loop, allowed 0"),
         ("nested loops", "its trip count is not known"),
         ("spill", "spill instructions"),
     ],

@@ -263,7 +263,7 @@ def test_attention_called_in_other_ways_stays_what_it_was(
     before = answers()
     mask_position_bias_once(lm.base)
     assert all(torch.isfinite(a).all() and torch.equal(a, b) for a, b in zip(answers(), before, strict=True))
-    # cached tokens are seen from the decoder's last place
+    # what a decoder masks is small, and its bias depends on what is cached
     assert not decoder._forward_pre_hooks and encoder._forward_pre_hooks
 
 

@@ -80,6 +80,13 @@ def test_rows_of_a_batch_may_differ_in_length(
     assert found["tokens_per_second"] == pytest.approx(3 * (16 + 14 + 11) * 1e3 / found["median_ms"])
 
 
+@pytest.mark.parametrize("shortest", ["0", "9"])
+def test_the_shortest_row_is_none_beyond_the_longest(shortest: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train_step.main([*SMALL, "--shortest", shortest])
+    assert f"--shortest must be 1 to 8, the --length, got {shortest}" in capsys.readouterr().err
+
+
 def test_rows_have_their_lengths_in_turn() -> None:
     rows = train_step.rows_of(5, [8, 3], 1)
     assert [len(row.input_ids) for row in rows] == [8, 3, 8, 3, 8]

@@ -1,7 +1,8 @@
 """Measured figures against the rules and against the recorded ones. Needs neither torch nor triton.
 
 Rules hold always and cannot be accepted away: bytes by formula, 128-bit accesses, no spill, no stack, no atomic in the
-element loop. Recorded figures may get better at any time, and worse by `SLACK`; launches and host syncs may not grow.
+element loop but for the formula's. Recorded figures may get better at any time, and worse by `SLACK`; launches and host
+syncs may not grow.
 """
 
 from __future__ import annotations

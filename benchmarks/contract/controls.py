@@ -14,6 +14,7 @@ from benchmarks.contract.compile import Launch, recorded
 from benchmarks.contract.entries import Entry
 from benchmarks.contract.formulas import Bytes, adamw_bytes, importance_bytes
 from benchmarks.contract.variants import N, adamw
+from kif_kernels.kernels.common import add_one_each
 
 REGISTERS_TOO_FEW = 40
 
@@ -32,6 +33,14 @@ def atomic_kernel(weight_ptr, sum_ptr, n, BLOCK: tl.constexpr):
     for block in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
         at = block * BLOCK + tl.arange(0, BLOCK)
         tl.atomic_add(sum_ptr, tl.sum(tl.load(weight_ptr + at, mask=at < n, other=0.0)))
+
+
+@triton.jit
+def assembled_atomic_kernel(weight_ptr, sum_ptr, n, BLOCK: tl.constexpr):
+    for block in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
+        at = block * BLOCK + tl.arange(0, BLOCK)
+        weight = tl.load(weight_ptr + at, mask=at < n, other=0.0)
+        add_one_each(sum_ptr.to(tl.pointer_type(tl.int64)), at & 15, weight > 0.0)
 
 
 @triton.jit
@@ -57,6 +66,7 @@ def entries() -> list[Entry]:
         Entry("unaligned", launches[0], importance_bytes()),
         Entry("doubled load", Launch(doubled_load_kernel, (x, x, N), options), Bytes(4, 8)),
         Entry("atomics in the loop", Launch(atomic_kernel, (x, x, N), options), Bytes(4, 0)),
+        Entry("atomics in assembly", Launch(assembled_atomic_kernel, (x, x, N), options), Bytes(4, 0)),
         Entry("nested loops", Launch(two_passes_kernel, (x, x, N), options), Bytes(4, 0)),
         Entry("spill", replace(full.launch, kwargs=tight), adamw_bytes()),
     ]

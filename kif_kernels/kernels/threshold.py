@@ -132,9 +132,7 @@ def count_all(histogram_ptr, scores_ptr, factor_ptr, chunk_ptr, n, shift, base, 
 @triton.jit
 def count_side(histogram_ptr, scores_ptr, factor_ptr, chunk_ptr, n, shift, base, parent, few, LEVEL: tl.constexpr,
                BLOCKS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    if LEVEL == 0:
-        count_all(histogram_ptr, scores_ptr, factor_ptr, chunk_ptr, n, shift, base, parent, 0, False, BLOCKS, BLOCK)
-    elif few:
+    if few:
         count_all(histogram_ptr, scores_ptr, factor_ptr, chunk_ptr, n, shift, base, parent, LEVEL, True, BLOCKS, BLOCK)
     else:
         count_all(histogram_ptr, scores_ptr, factor_ptr, chunk_ptr, n, shift, base, parent, LEVEL, False, BLOCKS, BLOCK)
