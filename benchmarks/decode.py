@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import environment, write_json
-from benchmarks.train_step import MODELS, build, rows_of, synchronize
+from benchmarks.models import MODELS, build, rows_of
+from benchmarks.train_step import synchronize
 from kif.families import LanguageModel
 
 WAYS = ("growing", "static")

@@ -1,36 +1,37 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in calls of at most 10 minutes and without a network:
 #
-#     benchmarks/gpu.sh OUT [DEVICE] [kernels|steps|shapes|bases|decode]
+#     benchmarks/gpu.sh OUT [DEVICE] [kernels|t5|llama|bases|decode|trajectory]
 #
-# In this order while time lasts; the first three take about 20 minutes. What a part measures is in OUT as soon as it is
-# known: one that fails, or that its time is up for, costs no other.
+# In this order while time lasts; the first three take up to ten minutes each. What a part measures is in OUT as soon as
+# it is known: one that fails, or that its time is up for, costs no other.
 #
 # kernels (the default): correctness of every kernel on the device, microbenchmarks, the regression gate (its self-test,
 # and against a recorded result of the same GPU, torch and triton), and where ncu runs what limits each kernel. Writes
 # JSON, tables and the roofline plot to OUT. Needs torch, triton, pytest and hypothesis; a plain checkout will do. The
 # static contract needs no GPU: python -m benchmarks.contract.
 #
-# steps: that recorded passes and liger-kernel give what launched and plain layers give, on tiny models; then rounds of
-# training (benchmarks.train_step) at the shapes of T5-large and LLaMA-2 7B by transformers' Trainer, by kif with
-# per-tensor bookkeeping, with its own, with the adapter's products in bf16, with CUDA graphs, with liger-kernel where it
-# is installed; and the loss trajectory with graphs. Needs transformers and peft, the tests pytest and hypothesis, the
-# Trainer accelerate too.
+# t5: that recorded passes and layers give what launched and plain ones give, on tiny models; then rounds of training
+# (benchmarks.train_step) with M = 4 and M = 1 at the shapes of T5-large and FLAN-T5-XL by transformers' Trainer, by kif
+# with bookkeeping tensor by tensor, with recorded passes, with attention by cuDNN; T5-large with rows of 64 to 512
+# tokens. Needs transformers and peft, the tests pytest and hypothesis, the Trainer accelerate too. Everywhere dropout
+# is that of Appendix D but for the trajectory.
 #
-# shapes: FLAN-T5-XL, rows of 64 to 512 tokens, and LLaMA-2 13B with 4 rows. Everywhere dropout is that of Appendix D but
-# for the trajectory.
+# llama: the same for LLaMA-2 7B, and 13B with 4 rows, with liger-kernel where it is installed.
 #
 # bases: the memory that LLaMA-2 7B takes in bf16, in 8 and in 4 bits, where bitsandbytes is installed; writes 13 GB to
 # TMPDIR for a while.
 #
 # decode: short answers with a static cache, for which transformers compiles the decoding step.
 #
+# trajectory: losses of T5-large over 200 steps, recorded in bf16 and by the plain path.
+#
 # DEVICE=cpu tries the script itself on a machine without a GPU, with tiny sizes.
 set -uo pipefail
 out=${1:?usage: benchmarks/gpu.sh OUT [DEVICE]}
 device=${2:-cuda} part=${3:-kernels}
 case $part in
-  kernels | steps | shapes | bases | decode) ;;
+  kernels | t5 | llama | bases | decode | trajectory) ;;
   *) echo "there is no part $part" >&2 && exit 2 ;;
 esac
 mkdir -p "$out"
@@ -76,39 +77,45 @@ finish() {
 }
 
 step() {
-  lines=8 stage "steps-$1" "$2" "$python" -m benchmarks.train_step --device "$device" --json "$out/steps-$1.json" "${@:3}"
+  lines=12 stage "steps-$1" "$2" "$python" -m benchmarks.train_step --device "$device" --json "$out/steps-$1.json" "${@:3}"
 }
 
 real=(--precision bf16 --dropout)
+both=("${real[@]}" --outer-steps 4 1)
 
-if [ "$part" = steps ]; then
+if [ "$part" = t5 ]; then
   if [ "$device" = cpu ]; then
     stage paths 120 "$python" -m pytest -q tests/test_captured.py -k "few_shapes or gpu"
-    step t5 120 --model tiny-t5 --precision bf16 --length 32 --rounds 2 --profile --contenders trainer kif-bf16
-    step trajectory 60 --model tiny-t5 --length 16 --batch 2 --trajectory 48
+    step t5 120 --model tiny-t5 "${both[@]}" --length 32 --rounds 2 --profile --contenders trainer kif-bf16
   else
-    liger=()
-    "$python" -c "import liger_kernel" 2>/dev/null && liger=(kif-bf16-liger)
-    stage paths 100 "$python" -m pytest -v tests/test_captured.py tests/test_layers.py -k gpu
-    step t5-large 200 --model t5-large "${real[@]}" --contenders trainer kif-bf16-graph per-tensor kif-bf16 kif
-    step t5-large-m1 60 --model t5-large "${real[@]}" --outer-steps 1 --contenders trainer kif-bf16-graph
-    step trajectory 90 --model t5-large --precision bf16 --length 128 --trajectory 200 --contenders kif-bf16-graph
-    step llama2-7b 250 --model llama2-7b "${real[@]}" --rounds 2 --contenders trainer "${liger[@]}" kif-bf16 per-tensor kif
+    stage paths 80 "$python" -m pytest -v tests/test_captured.py tests/test_layers.py -k gpu
+    step t5-large 220 --model t5-large "${both[@]}" --profile \
+      --contenders trainer kif-bf16-graph kif-bf16-cudnn-graph per-tensor
+    step flan-t5-xl 190 --model flan-t5-xl "${both[@]}" --rounds 2 --contenders trainer kif-bf16-graph per-tensor
+    step t5-large-lengths 80 --model t5-large "${real[@]}" --shortest 64 --contenders kif-bf16-graph trainer
   fi
   finish
 fi
 
-if [ "$part" = shapes ]; then
+if [ "$part" = llama ]; then
   if [ "$device" = cpu ]; then
-    step shapes 120 --model tiny-llama "${real[@]}" --outer-steps 1 --length 32 --shortest 8 --rounds 2 \
-      --contenders trainer kif-bf16
+    step llama 120 --model tiny-llama "${both[@]}" --length 32 --shortest 8 --rounds 2 --contenders trainer kif-bf16-cudnn
   else
     best=kif-bf16
     "$python" -c "import liger_kernel" 2>/dev/null && best=kif-bf16-liger
-    step flan-t5-xl 120 --model flan-t5-xl "${real[@]}" --rounds 2 --contenders trainer kif-bf16-graph
-    step t5-large-lengths 80 --model t5-large "${real[@]}" --shortest 64 --contenders kif-bf16-graph trainer
-    step llama2-7b-lengths 100 --model llama2-7b "${real[@]}" --shortest 64 --rounds 2 --contenders $best trainer
-    step llama2-13b 180 --model llama2-13b "${real[@]}" --batch 4 --rounds 2 --contenders trainer $best
+    step llama2-7b 270 --model llama2-7b "${both[@]}" --rounds 2 --profile \
+      --contenders trainer $best $best-graph $best-cudnn-graph per-tensor
+    step llama2-13b 160 --model llama2-13b "${both[@]}" --batch 4 --rounds 2 --contenders trainer $best-graph per-tensor
+    step llama2-7b-lengths 90 --model llama2-7b "${real[@]}" --shortest 64 --rounds 2 --contenders $best-graph trainer
+  fi
+  finish
+fi
+
+if [ "$part" = trajectory ]; then
+  if [ "$device" = cpu ]; then
+    step trajectory 60 --model tiny-t5 --length 16 --batch 2 --trajectory 48
+  else
+    step trajectory 90 --model t5-large --precision bf16 --length 128 --trajectory 200 --contenders kif-bf16-graph
   fi
   finish
 fi
@@ -119,7 +126,7 @@ if [ "$part" = bases ]; then
   else
     shape=llama2-7b options=(--rows 8 --length 512)
   fi
-  lines=5 stage bases 400 "$python" -m benchmarks.memory --shape "$shape" --forms bf16 int8 nf4 --device "$device" \
+  lines=5 stage bases 280 "$python" -m benchmarks.memory --shape "$shape" --forms bf16 int8 nf4 --device "$device" \
     "${options[@]}" --json "$out/bases.json"
   finish
 fi
@@ -129,7 +136,7 @@ if [ "$part" = decode ]; then
     lines=3 stage decode 100 "$python" -m benchmarks.decode --device cpu --length 32 --repeats 2 --json "$out/decode.json"
   else
     for model in t5-large llama2-7b; do
-      lines=3 stage "decode-$model" 270 "$python" -m benchmarks.decode --model "$model" --precision bf16 --json "$out/decode-$model.json"
+      lines=3 stage "decode-$model" 120 "$python" -m benchmarks.decode --model "$model" --precision bf16 --json "$out/decode-$model.json"
     done
   fi
   finish

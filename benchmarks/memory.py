@@ -3,7 +3,7 @@
     python -m benchmarks.memory --model FOLDER --json FILE
     python -m benchmarks.memory --shape llama2-7b --forms bf16 int8 nf4 --device cuda --rows 8 --length 512
 
-With --shape a model of that shape (`benchmarks.train_step.MODELS`) with random weights in bf16 is written to a
+With --shape a model of that shape (`benchmarks.models.MODELS`) with random weights in bf16 is written to a
 temporary folder first, 13 GB for llama2-7b. Each form is loaded as `kif train` loads it, and trained for a round of
 Recurrent-KIF on rows of random tokens, in a process of its own, so that its peak is its own. On a CPU the last four
 columns are the process's resident memory, the interpreter and its libraries included (`before`), and a fp32 model may
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.machine import _version, environment
-from benchmarks.train_step import MODELS, random_base
+from benchmarks.models import MODELS, random_base
 from kif.config import KIFConfig, RunConfig
 from kif.engine import RecurrentKIF
 from kif.families import Encoded, LanguageModel

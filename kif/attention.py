@@ -1,10 +1,10 @@
-"""Attention without cuDNN, whose gradients can be NaN, and T5's position bias: its layout, and masked once."""
+"""Attention without cuDNN, whose gradients can be NaN, and without a mask; T5's position bias, masked once."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,62 @@ def without_cudnn() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@contextmanager
+def causal_masks_seen() -> Iterator[list[bool]]:
+    """Within the block: of each mask that torch's attention is given by transformers, whether it hides what follows a
+    token and nothing else. Reads them back from the device."""
+    seen: list[bool] = []
+
+    def look(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
+        seen.append(_hides_what_follows(query, key, mask))
+        return mask
+
+    with _changed_masks(look):
+        yield seen
+
+
+def without_causal_masks() -> AbstractContextManager[None]:
+    """Within the block torch's attention, as transformers calls it, takes every mask for one that hides what follows.
+
+    It then takes its fastest implementation, which also leaves out what is hidden. For passes of which
+    `causal_masks_seen` has shown that there is no other mask: while a CUDA graph is recorded, transformers makes a mask
+    where it makes none else, since it cannot look at values.
+    """
+    return _changed_masks(lambda query, key, mask: None)
+
+
+@contextmanager
+def _changed_masks(change: Callable[[Tensor, Tensor, Tensor], Tensor | None]) -> Iterator[None]:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    attend: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def changed(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> Any:
+        if attention_mask is not None:
+            attention_mask = change(query, key, attention_mask)
+            if attention_mask is None:
+                options["is_causal"] = True
+        return attend(module, query, key, value, attention_mask, **options)
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = changed
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+
+
+def _hides_what_follows(query: Tensor, key: Tensor, mask: Tensor) -> bool:
+    """Whether a mask, which is True or 0 where attention is paid, is the lower triangle."""
+    if query.size(2) != key.size(2) or mask.shape[-2:] != (query.size(2), key.size(2)):
+        return False
+    before = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
+    if mask.dtype == torch.bool:
+        return bool((mask == before).all())
+    return bool(torch.where(before, mask == 0, mask <= torch.finfo(mask.dtype).min).all())
 
 
 def contiguous_position_bias(base: nn.Module) -> None:

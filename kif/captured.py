@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kif.arena import ParameterArena
-from kif.attention import without_cudnn
+from kif.attention import causal_masks_seen, without_causal_masks, without_cudnn
 from kif.families import IGNORE, Batch, Encoded, LanguageModel, pinned
 
 WARM_UP = 3
@@ -74,21 +75,28 @@ class CapturedSteps:
         inputs = {name: tensor.to(device, copy=True) for name, tensor in batch.items()}
         # where nothing is masked transformers leaves the mask out, but not while a graph is recorded: the passes to
         # warm up must be the same ones. Replays begin with rows of their own
-        inputs["attention_mask"][..., 0] = 0
+        if "attention_mask" in inputs:
+            inputs["attention_mask"][..., 0] = 0
         if self.lm.family == "encoder-decoder":
             # of these the decoder's mask is made
             inputs["labels"][:, -2:] = IGNORE
         count = torch.ones((), device=device)
+        causal = False
 
         def run() -> Tensor:
             # the backward pass takes the implementation that the forward pass took
-            with without_cudnn():
+            with without_cudnn(), without_causal_masks() if causal else nullcontext():
                 loss = self.lm.fixed_loss(inputs) / count
             loss.backward()
             return loss.detach()
 
         gradient = self.arena.grad.clone()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            if "attention_mask" not in inputs:
+                # sliding windows, say, which hide more in wide batches
+                with torch.no_grad(), causal_masks_seen() as seen:
+                    self.lm.fixed_loss(inputs)
+                causal = all(seen)
             replay, loss = self._record(run)
         self.arena.grad.copy_(gradient)
         return _Recorded(inputs, count, loss, replay)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kif.families import IGNORE, Batch, Encoded, pad, text_config, to_device
+from kif.families import IGNORE, Batch, Encoded, pad, rounded_width, text_config, to_device
 from kif.generative import GenerativeModel, fixed_cross_entropy, log_likelihood, summed_cross_entropy
 from kif.tasks import Example, Task
 
@@ -56,14 +56,18 @@ class DecoderModel(GenerativeModel):
         ]
 
     def collate(self, rows: Sequence[Encoded]) -> Batch:
-        prompts = [self._prompt(row) for row in rows]
-        ids = [(*prompt, *row.target) for prompt, row in zip(prompts, rows, strict=True)]
-        labels = [(*[IGNORE] * len(prompt), *row.target) for prompt, row in zip(prompts, rows, strict=True)]
+        ids = self._whole(rows)
+        labels = [
+            (*[IGNORE] * (len(whole) - len(row.target)), *row.target) for whole, row in zip(ids, rows, strict=True)
+        ]
         return {
             "input_ids": pad(ids, self.tokenizer.pad_token_id),
-            "attention_mask": pad([(1,) * len(row) for row in ids], 0),
+            "attention_mask": pad([(1,) * len(whole) for whole in ids], 0),
             "labels": pad(labels, IGNORE),
         }
+
+    def _whole(self, rows: Sequence[Encoded]) -> list[tuple[int, ...]]:
+        return [(*self._prompt(row), *row.target) for row in rows]
 
     def loss(self, batch: Batch) -> tuple[Tensor, int]:
         inputs = self._to_device({"input_ids": batch["input_ids"]})
@@ -85,23 +89,38 @@ class DecoderModel(GenerativeModel):
         return getattr(config, "_attn_implementation", None) == "sdpa" and bool(marks) and all(marks)
 
     def _predictions(self, inputs: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(logits, what they predict) at the positions that predict a label in some row; labels are on the CPU."""
-        # position t predicts token t + 1
-        following = labels[:, 1:]
-        columns = (following != IGNORE).any(0).nonzero().squeeze(1)
-        logits = self._logits_at(to_device(columns, self.device), **inputs, use_cache=False)[0]
-        return logits, following[:, columns]
+        """(logits, what they predict), of (rows, tokens of the longest label); labels are on the CPU."""
+        known = labels != IGNORE
+        count, first = known.sum(1, keepdim=True), known.int().argmax(1, keepdim=True)
+        token = torch.arange(int(count.max()))
+        place = (first + token).clamp(max=labels.size(1) - 1)
+        # nothing predicts a row's first token
+        following = labels.gather(1, place).masked_fill((token >= count) | (place == 0), IGNORE)
+        return self._logits_at(to_device((place - 1).clamp(min=0), self.device), **inputs), following
 
     def fixed_loss(self, batch: Batch) -> Tensor:
         inputs = dict(batch)
         labels = inputs.pop("labels")
+        if "predicting" in inputs:
+            return fixed_cross_entropy(self._logits_at(inputs.pop("predicting"), **inputs), labels)
         # of the last label nothing is predicted; it is there for a width that suits matrix products
-        logits, _ = self._logits_at(labels.size(1) + 1, **inputs, use_cache=False)
+        logits, _ = self._last_logits(labels.size(1) + 1, **inputs, use_cache=False)
         return fixed_cross_entropy(logits[:, :-1], labels)
 
     def _fixed_batch(self, rows: Sequence[Encoded]) -> Batch:
-        """All labels begin at the same position: prompts are filled up on the left, labels on the right."""
-        prompts, labels = self._padded_inputs(rows, "left", fixed=True), self._fixed_labels(rows)
+        """Rows filled up on the right, with the places of the tokens that predict labels; or, where that would need a
+        mask, such that all labels begin at the same place: prompts filled up on the left, labels on the right."""
+        labels = self._fixed_labels(rows)
+        if self._looks_back_only:
+            ids = self._whole(rows)
+            width = rounded_width(max(map(len, ids)), self.max_length + labels.size(1))
+            first = torch.tensor([len(whole) - len(row.target) for whole, row in zip(ids, rows, strict=True)])
+            return {
+                "input_ids": pad(ids, self.tokenizer.pad_token_id, width=width),
+                "predicting": (first[:, None] - 1 + torch.arange(labels.size(1))).clamp(max=width - 1),
+                "labels": labels,
+            }
+        prompts = self._padded_inputs(rows, "left", fixed=True)
         mask = torch.cat([prompts["attention_mask"], (labels != IGNORE).long()], 1)
         written = labels.masked_fill(labels == IGNORE, self.tokenizer.pad_token_id)
         return {
@@ -130,7 +149,7 @@ class DecoderModel(GenerativeModel):
         prompts = self._to_device(self._padded_inputs(rows, "left"))
         mask = prompts["attention_mask"]
         self._announce(**prompts)
-        first, prompt_cache = self._logits_at(1, **prompts, **self._positions(mask, mask.size(1)), use_cache=True)
+        first, prompt_cache = self._last_logits(1, **prompts, **self._positions(mask, mask.size(1)), use_cache=True)
         if not _repeatable(prompt_cache):
             return self._rank_anew(rows, candidates)
         labels = to_device(pad(candidates, IGNORE), self.device)
@@ -173,15 +192,30 @@ class DecoderModel(GenerativeModel):
             scores.append(log_likelihood(logits, to_device(following, self.device)).view(len(rows), len(part)))
         return torch.cat(scores, 1)
 
-    def _logits_at(self, columns: Tensor | int, **inputs: Any) -> tuple[Tensor, Any]:
-        """Logits at some positions, or the last so many, computed there only where the model can; its cache or None."""
+    def _logits_at(self, places: Tensor, **inputs: Tensor) -> Tensor:
+        """Logits of each row at some places of its own, (rows, places, vocabulary), computed there only."""
+
+        def chosen(states: Tensor) -> Tensor:
+            return states.gather(1, places.unsqueeze(2).expand(-1, -1, states.size(2)))
+
+        def before_head(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (chosen(args[0]), *args[1:])
+
+        head = self.base.get_output_embeddings()
+        hook = head.register_forward_pre_hook(before_head)
+        try:
+            logits: Tensor = self.model(**inputs, use_cache=False).logits
+        finally:
+            hook.remove()
+        return logits
+
+    def _last_logits(self, count: int, **inputs: Any) -> tuple[Tensor, Any]:
+        """Logits at the last places, computed there only where the model can; its cache or None."""
         if self._forward_accepts("logits_to_keep"):
-            output = self.model(**inputs, logits_to_keep=columns)
-            logits = output.logits
+            output = self.model(**inputs, logits_to_keep=count)
         else:
             output = self.model(**inputs)
-            logits = output.logits[:, slice(-columns, None) if isinstance(columns, int) else columns]
-        return logits, getattr(output, "past_key_values", None)
+        return output.logits[:, -count:], getattr(output, "past_key_values", None)
 
     def _positions(self, mask: Tensor, count: int) -> Batch:
         """Positions of the last `count` tokens, counted from each row's first real token."""

@@ -14,14 +14,16 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import Kind, build_tiny, rerun, sentiment_task, topic_task, without_own_dropout
+from tiny import Kind, build_tiny, build_type, rerun, sentiment_task, topic_task, without_own_dropout
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kif.arena import ParameterArena
+from kif.attention import _hides_what_follows, causal_masks_seen, without_causal_masks
 from kif.captured import CapturedSteps, CudaGraphs
 from kif.config import RunConfig
 from kif.families import Encoded, LanguageModel, rounded_width
@@ -51,7 +53,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def load(kind: str, folders: dict[str, Path], **options: Any) -> tuple[LanguageModel, ParameterArena, list[Encoded]]:
     """A model whose LoRA B are not zero, its arena, and rows of two tasks."""
-    given = {"device": "cpu", "lora_dropout": 0.0, **KINDS[kind], **options}
+    given = {"device": "cpu", "lora_dropout": 0.0, **KINDS.get(kind, {}), **options}
     config = RunConfig(model=str(folders[kind.split("-")[0]]), **given)
     lm = load_language_model(config, {task.name: task.labels for task in (TOPICS, SENTIMENT)})
     lm.model.train()
@@ -182,7 +184,7 @@ def test_nothing_in_a_pass_depends_on_the_host(
         raise
     # a value cannot be read there, so this would have been noticed
     with pytest.raises((RuntimeError, NotImplementedError)), NoHost():
-        batch["attention_mask"].any().item()
+        batch["labels"].any().item()
     with pytest.raises(AssertionError), NoHost():
         torch.ones(1)
 
@@ -249,9 +251,11 @@ def test_what_cannot_be_recorded_is_refused(folders: dict[str, Path], written: P
         CapturedSteps(lm, arena, [4], rerun)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["t5", "eager", "bert", "bert-linear"])
 def test_a_pass_is_recorded_with_a_mask_and_without_cudnn(kind: str, folders: dict[str, Path]) -> None:
-    lm, arena, rows = load(kind, folders)
+    lm, arena, rows = load("llama" if kind == "eager" else kind, folders)
+    if kind == "eager":
+        lm.base.config._attn_implementation = "eager"
     seen: list[tuple[bool, bool]] = []
     decoders: list[bool] = []
     loss = lm.fixed_loss
@@ -274,6 +278,82 @@ def test_a_pass_is_recorded_with_a_mask_and_without_cudnn(kind: str, folders: di
     # a decoder's own, if it has one, has something to mask as well
     assert not decoders[0] and len(decoders) == 2
     assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize(("kind", "masked"), [("llama", []), ("gpt2", []), ("mistral", ["wide"])])
+def test_decoders_are_recorded_without_a_mask_unless_it_hides_more(
+    kind: str, masked: list[str], folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as that of a sliding window in batches wider than it."""
+    if kind == "mistral":
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+        small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, **heads}
+        folders = {kind: build_type("mistral", "decoder", tmp_path, sliding_window=16, **small)}
+    lm, arena, rows = load(kind, folders)
+    seen: list[Tensor | None] = []
+    attend = F.scaled_dot_product_attention
+
+    def watched(*args: Any, attn_mask: Tensor | None = None, is_causal: bool = False, **options: Any) -> Tensor:
+        assert is_causal == (attn_mask is None)
+        seen.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask, is_causal=is_causal, **options)
+
+    captured = CapturedSteps(lm, arena, [4], rerun)
+    for name, tokens in {"8": 8, "16": 16, "wide": 40}.items():
+        batch = [
+            replace(row, input_ids=(row.input_ids * 5)[: tokens - 5 - i], target=(1, 2, 3))
+            for i, row in enumerate(rows[:3])
+        ]
+        loss, gradient = launched(lm, arena, batch)
+        arena.zero_grad()
+        with monkeypatch.context() as patched:
+            patched.setattr(F, "scaled_dot_product_attention", watched)
+            assert captured.backward(batch, lm.label_count(batch)).item() == pytest.approx(loss, rel=1e-5)
+        torch.testing.assert_close(arena.grad, gradient, rtol=1e-3, atol=1e-6)
+        # the first pass only looks
+        recorded = seen[len(seen) // 3 :]
+        assert recorded and {mask is not None for mask in recorded} == {name in masked}
+        seen.clear()
+
+
+def test_which_masks_hide_what_follows_and_nothing_else() -> None:
+    x = torch.zeros(2, 1, 5, 4)
+    causal = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    additive = torch.zeros(5, 5).masked_fill(~causal, torch.finfo(torch.float32).min)
+    for mask in (causal, causal.expand(2, 1, 5, 5), additive, additive.masked_fill(~causal, float("-inf"))):
+        assert _hides_what_follows(x, x, mask)
+    less, more = causal.clone(), causal.clone()
+    less[..., 1, 2], more[..., 4, 0] = True, False
+    padded = torch.cat([causal, more])
+    biased, weak = additive.clone(), additive.clone()
+    biased[..., 3, 1], weak[..., 1, 2] = -0.5, -1e4
+    for mask in (less, more, padded, biased, weak, causal[..., :4], ~causal):
+        assert not _hides_what_follows(x, x, mask)
+    longer = torch.zeros(2, 1, 6, 4)
+    assert not _hides_what_follows(x, longer, causal) and not _hides_what_follows(longer, x, causal)
+
+
+def test_attention_is_as_before_once_the_masks_are_back() -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    for block in (causal_masks_seen, without_causal_masks):
+        with pytest.raises(KeyError), block():
+            assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not before
+            raise KeyError
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_logits_are_made_where_labels_are_predicted_only(kind: str, folders: dict[str, Path]) -> None:
+    lm, _, rows = load(kind, folders)
+    batch = [rows[0], replace(rows[1], input_ids=rows[1].input_ids[:3]), *rows[-2:]]
+    longest = max(len(row.target) for row in batch)
+    seen: list[tuple[int, ...]] = []
+    lm.base.get_output_embeddings().register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape[:2])))
+    lm.loss(lm.collate(batch))
+    lm.fixed_loss(lm.fixed_batch(batch, 4))
+    assert seen == [(4, longest), (4, rounded_width(longest, lm.max_target_length))]
 
 
 def test_a_run_does_without_cudnn(monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path], written: Path) -> None:

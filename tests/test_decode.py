@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import decode, train_step
+from benchmarks import decode, models
 
 
 @pytest.mark.parametrize("model", ["tiny-t5", "tiny-llama"])
@@ -24,9 +24,9 @@ def test_both_caches_answer_alike(model: str, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_answers_are_the_models_own() -> None:
-    lm = train_step.build("tiny-llama", torch.device("cpu"), torch.float32)
+    lm = models.build("tiny-llama", torch.device("cpu"), torch.float32)
     lm.model.eval()
-    batch = lm.prompts(train_step.rows_of(2, [8], 1))
+    batch = lm.prompts(models.rows_of(2, [8], 1))
     ids = batch["input_ids"]
     for _ in range(4):
         logits = lm.model(input_ids=ids).logits[:, -1]

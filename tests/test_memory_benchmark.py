@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import memory, train_step
+from benchmarks import memory, models
 
 
 def test_parts_and_peaks(tiny_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,7 +64,7 @@ def test_a_shape_of_random_weights(
     options = ["--rows", "2", "--length", "16", "--forms", "bf16", "--json", str(target)]
     assert memory.main(["--shape", shape, *options]) == 0
     content: Any = json.loads(target.read_text())
-    _, values = train_step.MODELS[shape]
+    _, values = models.MODELS[shape]
     assert content["model"] == shape and [path.name for path in tmp_path.iterdir()] == ["m.json"]
     (found,) = content["results"]
     # bf16, of embeddings alone this much

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import statistics
@@ -14,11 +15,17 @@ import torch
 from tiny import rerun
 
 from benchmarks import train_step
+from kif import captured
+from kif.attention import without_cudnn
 from kif.captured import CapturedSteps
 from kif.decoder import DecoderModel
 from kif.families import Batch, Encoded, LanguageModel
 from kif.seq2seq import EncoderDecoderModel
 
+CONTENDERS = (
+    "trainer", "per-tensor", "kif", "kif-checkpointing", "kif-graph", "kif-bf16", "kif-bf16-cudnn",
+    "kif-bf16-cudnn-graph", "kif-bf16-compile-graph",
+)  # fmt: skip
 SMALL = ["--length=8", "--batch=2", "--rounds=2", "--inner-steps=2", "--outer-steps=1", "--device=cpu"]
 
 
@@ -27,9 +34,9 @@ SMALL = ["--length=8", "--batch=2", "--rounds=2", "--inner-steps=2", "--outer-st
     [
         (model, name)
         for model in ("tiny-t5", "tiny-llama")
-        for name in train_step.CONTENDERS
-        # liger-kernel needs a GPU; T5 is traced as Llama is, and takes much longer
-        if "liger" not in name and not ("compile" in name and model == "tiny-t5")
+        for name in CONTENDERS
+        # T5 is traced as Llama is, and takes much longer
+        if not ("compile" in name and model == "tiny-t5")
     ],
 )
 def test_a_contender_is_measured(
@@ -42,14 +49,15 @@ def test_a_contender_is_measured(
         pytest.importorskip("accelerate")
     precision = "bf16" if "bf16" in name else "fp32"
     assert train_step.main(["--model", model, *SMALL, "--precision", precision, "--only", name]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (found,) = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(found["round_ms"]) == 2 and min(found["round_ms"]) > 0
     # 3 steps of 2 rows, 8 + 8 tokens each
     assert found["tokens_per_second"] == pytest.approx(3 * 2 * 16 * 1e3 / found["median_ms"])
     assert found["peak_bytes"] > 2**20
     if name == "trainer":
-        assert found["parts_ms"] == {} and found["bookkeeping_share"] is None
+        assert found["parts_ms"] == {} and "bookkeeping_share" not in found
         return
+    assert 0 < found["last_loss"] < 20
     parts = {"data", "forward", "backward", "optimizer", "threshold", "fusion", "other"}
     assert set(found["parts_ms"]) == (parts - {"data", "forward"} if "graph" in name else parts)
     assert sum(found["parts_ms"].values()) == pytest.approx(sum(found["round_ms"]) / 2)
@@ -75,9 +83,46 @@ def test_rows_of_a_batch_may_differ_in_length(
     options = ["--model", model, *SMALL, "--batch=3", "--shortest=3"]
     assert train_step.main([*options, "--only", name]) == 0
     assert len(seen) == 9 and all(lengths == [8, 6, 3] for lengths in seen)
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (found,) = json.loads(capsys.readouterr().out.splitlines()[-1])
     # 3 steps of rows with 8, 6 and 3 tokens, 8 more each
     assert found["tokens_per_second"] == pytest.approx(3 * (16 + 14 + 11) * 1e3 / found["median_ms"])
+
+
+@pytest.mark.parametrize("name", ["trainer", "kif-graph", "per-tensor"])
+def test_rounds_of_several_m(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "trainer":
+        pytest.importorskip("accelerate")
+    monkeypatch.setattr(train_step, "CapturedSteps", partial(CapturedSteps, record=rerun))
+    options = [*SMALL, "--outer-steps", "3", "1", "--profile", "--only", name]
+    assert train_step.main(options) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [len(result["round_ms"]) for result in found] == [2, 2]
+    for steps, result in zip((5, 3), found, strict=True):
+        assert result["tokens_per_second"] == pytest.approx(steps * 2 * 16 * 1e3 / result["median_ms"])
+    assert found[0]["profile"]["kernels"] and "profile" not in found[1]
+
+
+@pytest.mark.parametrize("name", ["kif-graph-bf16", "kif-bf16-bf16", "kif-fast", "trainer-bf16", "bf16", ""])
+def test_names_that_are_no_contenders(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train_step.main([*SMALL, "--contenders", "kif-checkpointing-bf16-graph", name])
+    assert (
+        f"argument --contenders: no contender {name!r}: there are trainer, per-tensor, kif" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(("name", "launched", "recorded"), [("kif", False, False), ("kif-cudnn-graph", True, True)])
+def test_whose_attention_may_be_cudnns(
+    name: str, launched: bool, recorded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(options: argparse.Namespace) -> list[bool]:
+        outside = torch.backends.cuda.cudnn_sdp_enabled()
+        with captured.without_cudnn():
+            return [outside, torch.backends.cuda.cudnn_sdp_enabled()]
+
+    monkeypatch.setattr(train_step, "_measure", measured)
+    assert train_step.measure(argparse.Namespace(only=name)) == [launched, recorded]
+    assert captured.without_cudnn is without_cudnn and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize("shortest", ["0", "9"])

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
@@ -106,9 +107,14 @@ def without_dropout(model: nn.Module) -> None:
 
 
 def rerun(run: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
-    """A recording that calls the function again; it runs once before, as graphs do."""
-    result = run().clone()
-    return lambda: result.copy_(run()), result
+    """A recording that calls the function again; it runs once before, as graphs do. Transformers takes it for one."""
+
+    def recorded() -> Tensor:
+        with patch.object(torch.cuda, "is_current_stream_capturing", lambda: True):
+            return run()
+
+    result = recorded().clone()
+    return lambda: result.copy_(recorded()), result
 
 
 def _write_model(make: Callable[[], Any], factor: float, folder: Path) -> None:
