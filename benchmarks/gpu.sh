@@ -11,11 +11,11 @@
 # JSON, tables and the roofline plot to OUT. Needs torch, triton, pytest and hypothesis; a plain checkout will do. The
 # static contract needs no GPU: python -m benchmarks.contract.
 #
-# t5: that recorded passes and layers give what launched and plain ones give, on tiny models; then rounds of training
-# (benchmarks.train_step) with M = 4 and M = 1 at the shapes of T5-large and FLAN-T5-XL by transformers' Trainer, by kif
-# with bookkeeping tensor by tensor, with recorded passes, with attention by cuDNN; T5-large with rows of 64 to 512
-# tokens. Needs transformers and peft, the tests pytest and hypothesis, the Trainer accelerate too. Everywhere dropout
-# is that of Appendix D but for the trajectory.
+# t5: that recorded passes and layers give what launched and plain ones give, on tiny models; torch's attention and
+# cuDNN's by themselves; then rounds of training (benchmarks.train_step) with M = 4 and M = 1 at the shapes of T5-large
+# and FLAN-T5-XL by transformers' Trainer, by kif with bookkeeping tensor by tensor, with recorded passes, with cuDNN's
+# attention; T5-large with rows of 64 to 512 tokens. Needs transformers and peft, the tests pytest and hypothesis, the
+# Trainer accelerate too. Everywhere dropout is that of Appendix D but for the trajectory.
 #
 # llama: the same for LLaMA-2 7B, and 13B with 4 rows, with liger-kernel where it is installed.
 #
@@ -86,13 +86,15 @@ both=("${real[@]}" --outer-steps 4 1)
 if [ "$part" = t5 ]; then
   if [ "$device" = cpu ]; then
     stage paths 120 "$python" -m pytest -q tests/test_captured.py -k "few_shapes or gpu"
+    stage attention 60 "$python" -m benchmarks.attention --device cpu --rows 2 --widths 64 72 --seconds 0.05 --json "$out/attention.json"
     step t5 120 --model tiny-t5 "${both[@]}" --length 32 --rounds 2 --profile --contenders trainer kif-bf16
   else
-    stage paths 80 "$python" -m pytest -v tests/test_captured.py tests/test_layers.py -k gpu
-    step t5-large 220 --model t5-large "${both[@]}" --profile \
+    stage paths 70 "$python" -m pytest -v tests/test_captured.py tests/test_layers.py -k gpu
+    lines=34 stage attention 50 "$python" -m benchmarks.attention --json "$out/attention.json"
+    step t5-large 210 --model t5-large "${both[@]}" --profile \
       --contenders trainer kif-bf16-graph kif-bf16-cudnn-graph per-tensor
     step flan-t5-xl 190 --model flan-t5-xl "${both[@]}" --rounds 2 --contenders trainer kif-bf16-graph per-tensor
-    step t5-large-lengths 80 --model t5-large "${real[@]}" --shortest 64 --contenders kif-bf16-graph trainer
+    step t5-large-lengths 75 --model t5-large "${real[@]}" --shortest 64 --contenders kif-bf16-graph trainer
   fi
   finish
 fi
