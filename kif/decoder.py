@@ -67,6 +67,7 @@ class DecoderModel(GenerativeModel):
         }
 
     def _whole(self, rows: Sequence[Encoded]) -> list[tuple[int, ...]]:
+        """Prompts with their targets."""
         return [(*self._prompt(row), *row.target) for row in rows]
 
     def loss(self, batch: Batch) -> tuple[Tensor, int]:
@@ -195,14 +196,11 @@ class DecoderModel(GenerativeModel):
     def _logits_at(self, places: Tensor, **inputs: Tensor) -> Tensor:
         """Logits of each row at some places of its own, (rows, places, vocabulary), computed there only."""
 
-        def chosen(states: Tensor) -> Tensor:
-            return states.gather(1, places.unsqueeze(2).expand(-1, -1, states.size(2)))
+        def choose(head: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            states, *others = args
+            return (states.gather(1, places.unsqueeze(2).expand(-1, -1, states.size(2))), *others)
 
-        def before_head(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (chosen(args[0]), *args[1:])
-
-        head = self.base.get_output_embeddings()
-        hook = head.register_forward_pre_hook(before_head)
+        hook = self.base.get_output_embeddings().register_forward_pre_hook(choose)
         try:
             logits: Tensor = self.model(**inputs, use_cache=False).logits
         finally:
