@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,9 @@ class BF16Adapter:
 
     PEFT turns the input of every layer with LoRA into fp32 and the result back. Here the whole arena is turned into
     bf16 once before each forward pass, in one operation, and the layers read views of that copy. A gradient is rounded
-    to bf16 once, as under autocast. Layers whose input is fp32, and all layers in evaluation, do what PEFT does.
+    to bf16 once, as under autocast. W x + scaling B A x takes no passes for scaling and adding, which PEFT has: B's
+    product is added to that of W as it is made. Layers whose input is fp32, and all layers in evaluation, do what PEFT
+    does.
 
     Args:
         lm: model with LoRA layers by PEFT, without DoRA and bias; it keeps the changed layers for good.
@@ -28,13 +31,15 @@ class BF16Adapter:
     """
 
     def __init__(self, lm: LanguageModel, arena: ParameterArena) -> None:
-        from peft.tuners.lora import LoraLayer
+        from peft.tuners.lora import Linear, LoraLayer
 
         self.arena = arena
         self._layers: list[tuple[Segment, _Linear]] = []
         for module in lm.model.modules():
             if isinstance(module, LoraLayer):
                 module.cast_input_dtype_enabled = False
+            if type(module) is Linear:
+                module.__class__ = _pair(Linear)
         for segment in arena.segments:
             owner, _, attribute = segment.name.rpartition(".")
             module = lm.model.get_submodule(owner)
@@ -68,9 +73,40 @@ class _Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and x.dtype == torch.bfloat16:
-            # here and not before: torch.compile would take a rank of 8 for a batch of 8
-            return F.linear(x, _Shadow.apply(self.weight, self.shadow.view(self.weight.shape)))
+            return F.linear(x, self.rounded())
         return F.linear(x.to(self.weight.dtype), self.weight)
+
+    def rounded(self) -> Tensor:
+        # its shape here and not before: torch.compile would take a rank of 8 for a batch of 8
+        weight: Tensor = _Shadow.apply(self.weight, self.shadow.view(self.weight.shape))
+        return weight
+
+
+@cache
+def _pair(kind: Any) -> Any:
+    """PEFT's layer of a linear one and a LoRA pair, whose second product is scaled and added as it is made."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        # of a frozen or merged adapter, of several, of DoRA PEFT knows more; hooks want to be called
+        if (
+            args or kwargs or not self.training or x.dtype != torch.bfloat16 or self.disable_adapters or self.merged
+            or len(names) != 1 or names[0] in self.lora_variant
+            or not (_plain(self.base_layer, nn.Linear) and _plain(self.lora_B[names[0]], _Linear))
+        ):  # fmt: skip
+            return kind.forward(self, x, *args, **kwargs)
+        (name,) = names
+        # in two dimensions, or what is added to would be a view
+        result = self.base_layer(x.flatten(0, -2))
+        within = self.lora_A[name](self.lora_dropout[name](x)).flatten(0, -2)
+        second = self.lora_B[name].rounded().t()
+        return result.addmm_(within, second, alpha=self.scaling[name]).unflatten(0, x.shape[:-1])
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+
+
+def _plain(module: nn.Module, kind: type) -> bool:
+    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 class _Shadow(torch.autograd.Function):

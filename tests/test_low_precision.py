@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTuner
 from tiny import build_tiny, topic_task, without_dropout
-from torch import Tensor
+from torch import Tensor, nn
 
+from kif.arena import ParameterArena
 from kif.config import RunConfig
 from kif.families import LanguageModel
+from kif.low_precision import BF16Adapter
 from kif.methods import METHODS, Method
 from kif.models import load_language_model
 
@@ -86,6 +91,100 @@ def test_layers_multiply_with_the_rounded_present_weights(
         lm.loss(lm.collate(lm.encode(topic_task(), ROWS)))
     first.backward()
     assert method.arena.grad.isfinite().all() and method.arena.grad.abs().sum() > 0
+
+
+def lora_layer(**options: Any) -> tuple[Any, ParameterArena, Tensor]:
+    """A linear layer of 24 to 40 with LoRA in bf16 products, its arena, and an input."""
+    torch.manual_seed(0)
+    base = nn.Sequential()
+    base.add_module("linear", nn.Linear(24, 40, bias=True, dtype=torch.bfloat16))
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=24, target_modules=["linear"], **options))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape) * 0.3
+    arena = ParameterArena.of(model)
+    BF16Adapter(SimpleNamespace(model=model), arena)  # type: ignore[arg-type]
+    layer = base.get_submodule("linear")
+    layer.add = lambda: model.add_adapter("more", LoraConfig(r=8, target_modules=["linear"]))  # type: ignore[assignment]
+    return layer, arena, torch.randn(3, 5, 24).bfloat16()
+
+
+def passes(layer: Any, arena: ParameterArena, x: Tensor, kind: Any = None) -> list[Tensor]:
+    """Result, gradient of the input and of the adapter, by the layer's class or another one."""
+    own, layer.__class__ = layer.__class__, kind or layer.__class__
+    x = x.detach().requires_grad_()
+    arena.zero_grad()
+    result = layer(x)
+    result.backward(torch.linspace(-1, 1, result.numel()).view(result.shape).to(result.dtype))
+    layer.__class__ = own
+    return [result.detach().double(), x.grad.double(), arena.grad.clone().double()]  # type: ignore[union-attr]
+
+
+def test_scaling_and_adding_within_the_product_errs_no_more_than_peft() -> None:
+    layer, arena, x = lora_layer()
+    assert type(layer) is not Linear and isinstance(layer, Linear)
+    found, plain = passes(layer, arena, x), passes(layer, arena, x, Linear)
+    weight, bias = layer.base_layer.weight.double(), layer.base_layer.bias.double()
+    first, second = (layer.get_submodule(f"lora_{part}.default").weight.bfloat16().double() for part in "AB")
+    exact_x = x.double()
+    gradient = torch.linspace(-1, 1, found[0].numel()).view(found[0].shape).bfloat16().double()
+    inner = exact_x @ first.T
+    exact = [
+        exact_x @ weight.T + bias + 3.0 * inner @ second.T,
+        gradient @ weight + 3.0 * gradient @ second @ first,
+        torch.cat([
+            (3.0 * (gradient @ second).flatten(0, 1).T @ exact_x.flatten(0, 1)).flatten(),
+            (3.0 * gradient.flatten(0, 1).T @ inner.flatten(0, 1)).flatten(),
+        ]),
+    ]  # fmt: skip
+    for mine, peft, right in zip(found, plain, exact, strict=True):
+        assert mine.shape == right.shape and not mine.equal(peft)
+        assert (mine - right).norm() <= 1.05 * (peft - right).norm()
+
+
+def test_dropout_is_on_the_adapters_side_alone() -> None:
+    layer, arena, x = lora_layer(lora_dropout=0.5)
+    torch.manual_seed(3)
+    found = passes(layer, arena, x)
+    torch.manual_seed(3)
+    for mine, peft in zip(found, passes(layer, arena, x, Linear), strict=True):
+        assert (mine - peft).norm() < 0.01 * peft.norm()
+
+
+@pytest.mark.parametrize(
+    "case", ["evaluation", "fp32", "disabled", "merged", "two", "dora", "hook", "pre-hook", "hook of the base", "base"]
+)
+def test_where_peft_does_more_than_add_it_is_peft(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, _, x = lora_layer(use_dora=case == "dora")
+    second = layer.lora_B["default"]
+    seen: list[str] = []
+    monkeypatch.setattr(Linear, "forward", lambda self, x: seen.append("peft") or x)
+    layer(x)
+    # two-dimensional inputs, too
+    layer(x[0])
+    assert seen == (["peft"] * 2 if case == "dora" else [])
+    seen.clear()
+    if case == "evaluation":
+        layer.eval()
+    elif case == "fp32":
+        x = x.float()
+    elif case == "disabled":
+        layer.enable_adapters(False)
+    elif case == "merged":
+        layer.merge()
+    elif case == "two":
+        layer.add()
+        layer.set_adapter(["default", "more"])
+    elif case == "hook":
+        second.register_forward_hook(lambda *_: None)
+    elif case == "pre-hook":
+        second.register_forward_pre_hook(lambda *_: None)
+    elif case == "hook of the base":
+        layer.base_layer.register_forward_hook(lambda *_: None)
+    elif case == "base":
+        layer.base_layer.__class__ = type("Other", (nn.Linear,), {})
+    layer(x)
+    assert seen == ["peft"]
 
 
 def test_only_the_products_with_bf16_inputs_change(folders: dict[str, Path]) -> None:
