@@ -41,6 +41,7 @@ def test_cases_are_measured_and_right(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_low_is_what_is_added_to_all_scores(case: str) -> None:
     plain, low = scores(case, 0.0), scores(case, -128.0)
     hidden = plain < -1e30
+    assert 0.5 < plain[~hidden].std() < 5
     assert bool(hidden.any()) == (case == "t5") and not hidden.all(-1).any()
     assert hidden.equal(low < -1e30)
     # bf16 has eight bits

@@ -26,7 +26,7 @@ from kif.arena import ParameterArena
 from kif.attention import _hides_what_follows, causal_masks_seen, without_causal_masks
 from kif.captured import CapturedSteps, CudaGraphs
 from kif.config import RunConfig
-from kif.families import Encoded, LanguageModel, rounded_width
+from kif.families import IGNORE, Encoded, LanguageModel, rounded_width
 from kif.low_precision import BF16Adapter
 from kif.methods import METHODS
 from kif.methods import base as methods_base
@@ -269,12 +269,12 @@ def test_a_pass_is_recorded_with_a_mask_and_without_cudnn(kind: str, folders: di
         return loss(batch)
 
     lm.fixed_loss = watched  # type: ignore[method-assign]
-    # labels as long as the batch is wide, so that they leave nothing to mask
+    # prompts and labels as long as the batch is wide, so that they leave nothing to mask
     target = rows[0].target if lm.family == "encoder" else (rows[0].target * 8)[:8]
-    alike = [replace(rows[0], target=target)] * 4
+    alike = [replace(rows[0], input_ids=(rows[0].input_ids * 8)[:16], target=target)] * 4
+    assert lm.fixed_batch(alike, 4)["attention_mask"].all()
     CapturedSteps(lm, arena, [4], rerun).backward(alike, lm.label_count(alike))
-    width = lm.fixed_batch(alike, 4)["attention_mask"]
-    assert seen == [(False, False), (bool(width.all()), False)]
+    assert seen == [(False, False), (True, False)]
     # a decoder's own, if it has one, has something to mask as well
     assert not decoders[0] and len(decoders) == 2
     assert torch.backends.cuda.cudnn_sdp_enabled()
@@ -331,6 +331,8 @@ def test_which_masks_hide_what_follows_and_nothing_else() -> None:
         assert not _hides_what_follows(x, x, mask)
     longer = torch.zeros(2, 1, 6, 4)
     assert not _hides_what_follows(x, longer, causal) and not _hides_what_follows(longer, x, causal)
+    # of more keys than queries the first or the last ones may be those before
+    assert not _hides_what_follows(x, longer, torch.ones(5, 6, dtype=torch.bool).tril())
 
 
 def test_attention_is_as_before_once_the_masks_are_back() -> None:
@@ -342,6 +344,54 @@ def test_attention_is_as_before_once_the_masks_are_back() -> None:
             assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not before
             raise KeyError
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+
+
+def test_what_follows_is_hidden_whatever_the_caller_says_beside_its_mask() -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    query, key, value = torch.randn(3, 1, 1, 5, 4)
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    expected, _ = attend(torch.nn.Module(), query, key, value, mask, is_causal=False)
+    with without_causal_masks():
+        found, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](torch.nn.Module(), query, key, value, mask, is_causal=False)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_rows_without_label_or_prompt_predict_nothing(kind: str, folders: dict[str, Path]) -> None:
+    lm: Any = load(kind, folders)[0]
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 8], [5, 6, 7, 8]])
+    labels = torch.tensor([[IGNORE] * 4, [5, 6, IGNORE, IGNORE], [IGNORE, IGNORE, 7, 8]])
+    logits, following = lm._predictions({"input_ids": ids}, labels)
+    assert following.tolist() == [[IGNORE, IGNORE], [IGNORE, 6], [7, 8]]
+    whole = lm.model(input_ids=ids).logits
+    torch.testing.assert_close(logits[1, 1], whole[1, 0])
+    torch.testing.assert_close(logits[2], whole[2, 1:3])
+    none, nothing = lm._predictions({"input_ids": ids[:1]}, labels[:1])
+    assert none.shape[:2] == nothing.shape == (1, 0)
+
+
+def test_the_longest_rows_share_a_shape(folders: dict[str, Path]) -> None:
+    lm, _, rows = load("llama", folders, max_length=67, max_target_length=5)
+    widths = set()
+    for length, target in ((67, 5), (66, 5), (67, 3), (65, 4)):
+        row = replace(rows[0], input_ids=(rows[0].input_ids * 9)[:length], target=tuple(range(1, target + 1)))
+        widths.add(lm.fixed_batch([row], 1)["input_ids"].size(1))
+    assert widths == {72}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_models_that_make_logits_everywhere(
+    kind: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm: Any = load(kind, folders)[0]
+    prompts = lm.prompts(lm.encode(TOPICS, TOPICS.train[:2]))
+    expected, _ = lm._last_logits(3, **prompts)
+    monkeypatch.setattr(lm, "_forward_accepts", lambda argument: False)
+    found, _ = lm._last_logits(3, **prompts)
+    assert found.shape[:2] == (2, 3)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

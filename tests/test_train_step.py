@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import statistics
+import subprocess
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -93,13 +94,40 @@ def test_rounds_of_several_m(name: str, capsys: pytest.CaptureFixture[str], monk
     if name == "trainer":
         pytest.importorskip("accelerate")
     monkeypatch.setattr(train_step, "CapturedSteps", partial(CapturedSteps, record=rerun))
+    begun: list[int] = []
+    engine = train_step.RecurrentKIF
+    monkeypatch.setattr(
+        train_step, "RecurrentKIF", lambda arena, config: begun.append(config.outer_steps) or engine(arena, config)
+    )
     options = [*SMALL, "--outer-steps", "3", "1", "--profile", "--only", name]
     assert train_step.main(options) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert begun == ([3, 1, 3] if name == "kif-graph" else [])
     assert [len(result["round_ms"]) for result in found] == [2, 2]
+    assert found[0]["round_ms"] != found[1]["round_ms"]
     for steps, result in zip((5, 3), found, strict=True):
         assert result["tokens_per_second"] == pytest.approx(steps * 2 * 16 * 1e3 / result["median_ms"])
     assert found[0]["profile"]["kernels"] and "profile" not in found[1]
+
+
+def test_results_of_several_m_have_names_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        if command[-1] == "per-tensor":
+            return subprocess.CompletedProcess(command, 3, "", "no memory")
+        results = [
+            {"round_ms": [m], "median_ms": m, "tokens_per_second": 1.0, "parts_ms": {}, "peak_bytes": 1} for m in (8, 5)
+        ]
+        return subprocess.CompletedProcess(command, 0, f"said\n{json.dumps(results)}\n", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    path = tmp_path / "result.json"
+    options = ["--outer-steps", "4", "1", "--turns", "2", "--contenders", "kif", "per-tensor", "--json", str(path)]
+    assert train_step.main([*SMALL, *options]) == 1
+    found = json.loads(path.read_text())["contenders"]
+    assert {name: row.get("round_ms") for name, row in found.items()} == {
+        "kif M=4": [8, 8], "kif M=1": [5, 5], "per-tensor": None,
+    }  # fmt: skip
+    assert found["per-tensor"]["error"] == "status 3\nno memory"
 
 
 @pytest.mark.parametrize("name", ["kif-graph-bf16", "kif-bf16-bf16", "kif-fast", "trainer-bf16", "bf16", ""])
