@@ -41,6 +41,14 @@ def fuse_norms(base: nn.Module) -> int:
     return len(norms)
 
 
+def check_liger(device: torch.device) -> None:
+    """Raise ValueError where `use_liger` must fail whatever the model: without liger-kernel, and but on a GPU."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise ValueError('use_liger_kernel needs liger-kernel: pip install "recurrent-kif[liger]"')
+    if device.type != "cuda":
+        raise ValueError(f"use_liger_kernel needs a GPU, the model is on {device}: leave it out")
+
+
 def use_liger(base: Any) -> None:
     """Have liger-kernel compute what it has kernels for in this model: rotary positions and gated feed-forwards.
 
@@ -48,11 +56,7 @@ def use_liger(base: Any) -> None:
 
     Raises: ValueError without liger-kernel, for a model that is not on a GPU, for a model type that it does not know.
     """
-    if importlib.util.find_spec("liger_kernel") is None:
-        raise ValueError('use_liger_kernel needs liger-kernel: pip install "recurrent-kif[liger]"')
-    device = next(base.parameters()).device
-    if device.type != "cuda":
-        raise ValueError(f"use_liger_kernel needs a GPU, the model is on {device}: leave it out")
+    check_liger(next(base.parameters()).device)
     from liger_kernel.transformers import monkey_patch
 
     kind = base.config.model_type

@@ -22,9 +22,10 @@ from kif.evaluate import check_scoring
 from kif.families import LanguageModel
 from kif.faults import less_memory_in_loading, memory_advice
 from kif.files import write_json
+from kif.layers import check_liger
 from kif.memory_data import read_memory_data
 from kif.methods import METHODS, Method
-from kif.models import load_language_model
+from kif.models import load_language_model, resolve_device
 from kif.notes import warn_of_data
 from kif.preemption import Preemption, preemption
 from kif.progress import Progress
@@ -209,6 +210,9 @@ def _load(
     torch.manual_seed(config.seed)
     method_type = METHODS[config.method]
     adapter = method_type.adapter_config(replace(config, device=local_device(config.device)), adapter_tasks)
+    if config.use_liger_kernel:
+        # before the model is read, which may take minutes
+        check_liger(resolve_device(adapter.device))
     lm = load_language_model(adapter, {task.name: task.labels for task in tasks}, shard=config.shard_base)
     if earlier is not None:
         stored.check_classes(lm, config, earlier.tasks)

@@ -308,6 +308,22 @@ def test_liger_is_asked_for_what_pays(folders: dict[str, Path], monkeypatch: pyt
     assert asked == [{"model": model, **off}]
 
 
+@pytest.mark.parametrize("found", [None, "liger"])
+def test_what_liger_needs_is_known_before_a_model_is_read(
+    found: str | None, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    config = RunConfig(
+        model=str(tmp_path / "none"), data=str(written), tasks=["colours"], output=str(tmp_path / "run"), device="cpu",
+        use_liger_kernel=True,
+    )  # fmt: skip
+    with pytest.raises(
+        ValueError, match="use_liger_kernel needs " + ("a GPU, the model is on cpu" if found else "lig")
+    ):
+        train(config, progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_with_liger_answers_without_it(folders: dict[str, Path], written: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     config = RunConfig(
