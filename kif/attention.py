@@ -73,7 +73,10 @@ def _changed_masks(change: Callable[[Tensor, Tensor, Tensor], Tensor | None]) ->
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+        # what is registered for all must not stay hidden behind a copy
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+        if ALL_ATTENTION_FUNCTIONS["sdpa"] is not attend:
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
 
 
 def _hides_what_follows(query: Tensor, key: Tensor, mask: Tensor) -> bool:

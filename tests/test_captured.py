@@ -335,15 +335,18 @@ def test_which_masks_hide_what_follows_and_nothing_else() -> None:
     assert not _hides_what_follows(x, longer, torch.ones(5, 6, dtype=torch.bool).tril())
 
 
-def test_attention_is_as_before_once_the_masks_are_back() -> None:
+@pytest.mark.parametrize("owner", ["transformers", "somebody"])
+def test_attention_is_as_before_once_the_masks_are_back(owner: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if owner == "somebody":
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", lambda *_: None)
+    before, local = ALL_ATTENTION_FUNCTIONS["sdpa"], dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
     for block in (causal_masks_seen, without_causal_masks):
         with pytest.raises(KeyError), block():
             assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not before
             raise KeyError
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before and ALL_ATTENTION_FUNCTIONS._local_mapping == local
 
 
 def test_what_follows_is_hidden_whatever_the_caller_says_beside_its_mask() -> None:
