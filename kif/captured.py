@@ -81,25 +81,29 @@ class CapturedSteps:
             # of these the decoder's mask is made
             inputs["labels"][:, -2:] = IGNORE
         count = torch.ones((), device=device)
-        causal = False
-
-        def run() -> Tensor:
-            # the backward pass takes the implementation that the forward pass took
-            with without_cudnn(), without_causal_masks() if causal else nullcontext():
-                loss = self.lm.fixed_loss(inputs) / count
-            loss.backward()
-            return loss.detach()
-
         gradient = self.arena.grad.clone()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            if "attention_mask" not in inputs:
-                # sliding windows, say, which hide more in wide batches
-                with torch.no_grad(), causal_masks_seen() as seen:
-                    self.lm.fixed_loss(inputs)
-                causal = all(seen)
+            unmasked = without_causal_masks if self._only_causal(inputs) else nullcontext
+
+            def run() -> Tensor:
+                # the backward pass takes the implementation that the forward pass took
+                with without_cudnn(), unmasked():
+                    loss = self.lm.fixed_loss(inputs) / count
+                loss.backward()
+                return loss.detach()
+
             replay, loss = self._record(run)
         self.arena.grad.copy_(gradient)
         return _Recorded(inputs, count, loss, replay)
+
+    @torch.no_grad()
+    def _only_causal(self, inputs: Batch) -> bool:
+        """Whether nothing but what follows a token is hidden; sliding windows, say, hide more in wide batches."""
+        if "attention_mask" in inputs:
+            return False
+        with causal_masks_seen() as seen:
+            self.lm.fixed_loss(inputs)
+        return all(seen)
 
 
 @dataclass(frozen=True)
