@@ -111,8 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 found = measure(case, options.rows, width, low, device, options.seconds)
                 document["cases"].append(found)
                 print(line(found))
-    if options.json:
-        write_json(options.json, document)
+                if options.json:
+                    # the time allowed may end with the next one
+                    write_json(options.json, document)
     return 0
 
 
@@ -120,9 +121,13 @@ def line(found: dict[str, Any]) -> str:
     """A case for people."""
     text = f"{found['case']:8}{found['width']:6}{found['low']:8.0f}"
     for name, way in found.items():
-        if isinstance(way, dict):
-            worst = max(way["error"].values(), key=lambda error: (isnan(error), error)) if "ms" in way else 0.0
-            text += f"   {name} " + (f"{way['ms']:9.3f} ms, error {worst:.1e}" if "ms" in way else "refused")
+        if not isinstance(way, dict):
+            continue
+        if "refused" in way:
+            text += f"   {name} refused"
+        else:
+            worst = max(way["error"].values(), key=lambda error: (isnan(error), error))
+            text += f"   {name} {way['ms']:9.3f} ms, error {worst:.1e}"
     return text
 
 

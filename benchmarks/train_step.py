@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -166,15 +166,20 @@ def train_round(
     return losses
 
 
+@contextmanager
+def attention_of(name: str) -> Iterator[None]:
+    """Within the block attention is as contender `name` has it: the Trainer as its users do, kif without cuDNN."""
+    if "cudnn" in name.split("-"):
+        with patch.object(captured, "without_cudnn", nullcontext):
+            yield
+    else:
+        with nullcontext() if name == "trainer" else without_cudnn():
+            yield
+
+
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One contender, for each M: milliseconds of rounds, tokens in a second, parts, peak memory in bytes, last loss."""
-    if options.only == "trainer":
-        # as its users have it; all of this package as `kif train` has it
-        return _measure(options)
-    if "cudnn" in options.only.split("-"):
-        with patch.object(captured, "without_cudnn", nullcontext):
-            return _measure(options)
-    with without_cudnn():
+    with attention_of(options.only):
         return _measure(options)
 
 
@@ -319,29 +324,13 @@ def _kernels(device: torch.device, profiler: torch.profiler.profile) -> dict[str
     }
 
 
-@without_cudnn()
 def trajectory(options: argparse.Namespace) -> dict[str, Any]:
     """Losses of `per-tensor` and the last contender over `options.trajectory` steps, same rows, same weights."""
-    device = torch.device(options.device)
-    config = KIFConfig(inner_steps=options.inner_steps, outer_steps=options.outer_steps[0])
-    found = {}
     other = options.contenders[-1]
+    found = {}
     for name in ("per-tensor", other):
-        lm = build(options.model, device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
-        watch = Stopwatch()
-        own = _bookkeeping(name, lm, watch)
-        own.begin(config)
-        pool = rows_of(8 * options.batch, lengths_of(options), 2)
-        drawn = iter(range(10**9))
-
-        def next_rows(pool: list[Encoded] = pool, drawn: Any = drawn) -> list[Encoded]:
-            start = next(drawn) * options.batch % len(pool)
-            return pool[start : start + options.batch]
-
-        losses: list[Tensor] = []
-        while len(losses) < options.trajectory:
-            losses += train_round(lm, own, config, next_rows, watch)
-        found[name] = torch.stack(losses[: options.trajectory]).tolist()
+        with attention_of(name):
+            found[name] = _losses(options, name)
     pairs = list(zip(found["per-tensor"], found[other], strict=True))
     return {
         "contender": other,
@@ -350,6 +339,28 @@ def trajectory(options: argparse.Namespace) -> dict[str, Any]:
         "last_loss": pairs[-1][1],
         "largest_relative_difference": max(abs(a - b) / abs(a) for a, b in pairs),
     }
+
+
+def _losses(options: argparse.Namespace, name: str) -> list[float]:
+    (outer_steps,) = options.outer_steps
+    config = KIFConfig(inner_steps=options.inner_steps, outer_steps=outer_steps)
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    lm = build(options.model, torch.device(options.device), dtype)
+    watch = Stopwatch()
+    own = _bookkeeping(name, lm, watch)
+    own.begin(config)
+    pool = rows_of(8 * options.batch, lengths_of(options), 2)
+    starts = itertools.cycle(range(0, len(pool), options.batch))
+
+    def next_rows() -> list[Encoded]:
+        start = next(starts)
+        return pool[start : start + options.batch]
+
+    losses: list[Tensor] = []
+    while len(losses) < options.trajectory:
+        losses += train_round(lm, own, config, next_rows, watch)
+    found: list[float] = torch.stack(losses[: options.trajectory]).tolist()
+    return found
 
 
 def table(contenders: dict[str, dict[str, Any]]) -> str:
@@ -390,6 +401,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--shortest must be 1 to {options.length}, the --length, got {options.shortest}")
     if options.dropout and options.trajectory:
         parser.error("losses are compared without --dropout, whose draws would differ")
+    if options.trajectory and len(options.outer_steps) > 1:
+        parser.error("losses are compared for one of --outer-steps")
+    if options.trajectory and options.contenders[-1] == "trainer":
+        parser.error("losses are compared with those of kif, the Trainer makes no rounds")
     if options.only:
         print(json.dumps(measure(options)))
         return 0

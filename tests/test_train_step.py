@@ -186,6 +186,33 @@ def test_bf16_products_train_as_fp32_ones(tmp_path: Path) -> None:
         train_step.main([*SMALL, "--only", "kif-bf16"])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--outer-steps", "4", "1"], "for one of --outer-steps"),
+        (["--contenders", "kif", "trainer"], "makes no rounds"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train_step.main([*SMALL, "--trajectory", "4", *options])
+    assert message in capsys.readouterr().err
+
+
+def test_losses_are_compared_with_each_ones_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, bool] = {}
+
+    def losses(options: argparse.Namespace, name: str) -> list[float]:
+        seen[name] = torch.backends.cuda.cudnn_sdp_enabled()
+        return [1.0]
+
+    monkeypatch.setattr(train_step, "_losses", losses)
+    assert train_step.main([*SMALL, "--trajectory", "1", "--contenders", "kif-cudnn"]) == 0
+    assert seen == {"per-tensor": False, "kif-cudnn": True}
+
+
 def test_dropout_is_that_of_the_paper() -> None:
     found = {}
     for dropout in (False, True):
