@@ -7,23 +7,29 @@ import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from itertools import repeat
 from typing import Any
 
 import triton
 
 from benchmarks.contract.compile import ARCHITECTURES, compiled
 from benchmarks.contract.entries import Entry, engine_launches, entries
-from benchmarks.contract.read import Unreadable, facts
+from benchmarks.contract.machine_code import Instruction, Unreadable, disassembled
+from benchmarks.contract.read import Compiled, facts
 
 WORKERS = 2
 _entries: list[Entry] = []
 
 
-def _measured(index: int, architecture: int) -> dict[str, Any]:
-    entry = _entries[index]
-    kernel = compiled(entry.launch, architecture)
+def _compiled(index: int, architecture: int) -> Compiled:
+    kernel = compiled(_entries[index].launch, architecture)
+    code, about = kernel.asm, kernel.metadata
+    return Compiled(kernel.hash, code["ttgir"], code["ptx"], code["cubin"], about.num_warps, about.shared)
+
+
+def _row(kernel: Compiled, machine: list[Instruction], architecture: int, elements: int) -> dict[str, Any]:
     try:
-        return {"hash": kernel.hash, **facts(kernel, architecture, entry.elements)}
+        return {"hash": kernel.hash, **facts(kernel, machine, architecture, elements)}
     except Unreadable as error:
         return {"hash": kernel.hash, "unreadable": str(error)}
 
@@ -39,9 +45,13 @@ def measured(entries: list[Entry]) -> dict[str, dict[str, Any]]:
     for entry in entries:
         # in triton 3.6 a source's key depends on which were computed before it: all processes shall have the same
         _ = entry.launch.kernel.cache_key
-    jobs = [(index, architecture) for index in range(len(entries)) for architecture in ARCHITECTURES]
+    results: dict[tuple[int, int], dict[str, Any]] = {}
     with ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("fork")) as pool:
-        results = dict(zip(jobs, pool.map(_measured, *zip(*jobs, strict=True)), strict=True))
+        for architecture in ARCHITECTURES:
+            kernels = list(pool.map(_compiled, range(len(entries)), repeat(architecture)))
+            code = disassembled([kernel.cubin for kernel in kernels], architecture)
+            for index, (kernel, machine) in enumerate(zip(kernels, code, strict=True)):
+                results[index, architecture] = _row(kernel, machine, architecture, entries[index].elements)
     table: dict[str, dict[str, Any]] = {}
     seen: set[str] = set()
     for index, entry in enumerate(entries):

@@ -8,20 +8,13 @@ spills and instruction counts.
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from dataclasses import dataclass, field
-from typing import Any
 
-from triton import knobs
+from benchmarks.contract.machine_code import Instruction, Unreadable, bits_of, loop_instructions, registers_and_stack
 
 TYPE_BYTES = {"i1": 1, "i8": 1, "i16": 2, "f16": 2, "bf16": 2, "i32": 4, "f32": 4, "i64": 8, "f64": 8}
 SHARED_PER_SM = {80: 164 << 10, 90: 228 << 10}
 Position = tuple[str, int, int]
-
-
-class Unreadable(Exception):
-    """The compiled code has a form that the contract cannot judge."""
 
 
 @dataclass
@@ -55,11 +48,24 @@ class Region:
         return [(inside, self), *(pair for child in self.children for pair in child.walk(inside))]
 
 
-def facts(kernel: Any, architecture: int, elements: int) -> dict[str, int]:
+@dataclass
+class Compiled:
+    """What is read of a compiled kernel; a CompiledKernel cannot leave its process."""
+
+    hash: str
+    ttgir: str
+    ptx: str
+    cubin: bytes
+    num_warps: int
+    shared: int
+
+
+def facts(kernel: Compiled, machine: list[Instruction], architecture: int, elements: int) -> dict[str, int]:
     """Figures of a compiled kernel.
 
     Args:
-        kernel: CompiledKernel.
+        kernel: of Triton's compiler.
+        machine: its instructions (`machine_code.disassembled`).
         architecture: 80 or 90.
         elements: of a block, which is what a trip through the code works on; accesses of this shape are the per-element
             ones. 0 for a kernel that makes no pass over the elements.
@@ -69,34 +75,27 @@ def facts(kernel: Any, architecture: int, elements: int) -> dict[str, int]:
         loop (instructions inside loops), warps (resident on a multiprocessor).
     Raises: Unreadable.
     """
-    threads = 32 * kernel.metadata.num_warps
-    resources, code = _disassembled(kernel.asm["cubin"])
-    machine = _instructions(code)
     names = [name for name, _ in machine]
-    used = re.search(r"REG:(\d+) STACK:(\d+)", resources)
-    if used is None:
-        raise Unreadable(f"cuobjdump says nothing of registers: {resources}")
-    registers, stack = int(used[1]), int(used[2])
-    shared = kernel.metadata.shared
+    registers, stack = registers_and_stack(kernel.cubin)
     measured = {
         "registers": registers,
         "stack": stack,
         "spills": sum(name.startswith(("LDL", "STL")) for name in names),
-        "shared": shared,
+        "shared": kernel.shared,
         "instructions": len(names),
-        "loop": _loop_instructions(machine),
-        "warps": _resident_warps(architecture, registers, shared, kernel.metadata.num_warps),
+        "loop": loop_instructions(machine),
+        "warps": _resident_warps(architecture, registers, kernel.shared, kernel.num_warps),
     }
     if not elements:
         return measured
-    body = _regions(kernel.asm["ttgir"])
+    body = _regions(kernel.ttgir)
     if any(loops > 1 and a.elements == elements for loops, r in body.walk() for a in r.accesses):
         raise Unreadable("a per-element access lies in nested loops: its trip count is not known")
     every = [a for _, region in body.walk() for a in region.accesses if a.elements == elements]
     widths = []
     for kind, opcode in (("load", "LDG"), ("store", "STG")):
         accesses = [a for a in every if a.kind == kind]
-        widths += _widths(kernel.asm["ptx"], kind, accesses, threads, names, opcode)
+        widths += _widths(kernel.ptx, kind, accesses, 32 * kernel.num_warps, names, opcode)
     return {
         "load": body.moved("load", elements) // elements,
         "store": body.moved("store", elements) // elements,
@@ -121,7 +120,7 @@ def _widths(ptx: str, kind: str, accesses: list[Access], threads: int, machine: 
     # the assembler may unroll a loop, it does not split accesses
     wide = {bits: found.count(bits) for bits in set(found)}
     for bits, count in wide.items():
-        there = sum(_bits(name) == bits for name in machine if name.split(".")[0] == opcode)
+        there = sum(bits_of(name) == bits for name in machine if name.split(".")[0] == opcode)
         if there < count:
             raise Unreadable(f"{kind}s of {bits} bits: {count} in PTX, {there} in machine code")
     return found
@@ -223,52 +222,6 @@ def _ptx_accesses(ptx: str, kind: str) -> list[tuple[Position | None, int]]:
                 raise Unreadable(f"PTX access without a type: {line.strip()}")
             found.append((position, int(bits[1]) * (int(vector[1]) if vector else 1)))
     return found
-
-
-def _disassembled(cubin: bytes) -> tuple[str, str]:
-    """(resource usage, machine code), by the tools of Triton's wheel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-
-        def output(tool: str, option: str) -> str:
-            return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-
-        resources = output(knobs.nvidia.cuobjdump.path, "--dump-resource-usage")
-        return resources, output(knobs.nvidia.nvdisasm.path, "--print-code")
-
-
-def _instructions(code: str) -> list[tuple[str, int | None]]:
-    """(name with modifiers, index that it branches to) of every instruction, without padding."""
-    rows: list[tuple[str, str | None]] = []
-    labels: dict[str, int] = {}
-    for line in code.splitlines():
-        label = re.match(r"(\.L\w+):", line)
-        if label:
-            labels[label[1]] = len(rows)
-        found = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)", line)
-        if found and found[1] != "NOP":
-            target = re.search(r"`\((\.L\w+)\)", found[2]) if found[1].startswith("BRA") else None
-            rows.append((found[1], target[1] if target else None))
-    return [(name, labels.get(target) if target else None) for name, target in rows]
-
-
-def _loop_instructions(machine: list[tuple[str, int | None]]) -> int:
-    """Instructions between a branch back and its target; 0 without loops. The end's branch to itself is none."""
-    inside = set()
-    for place, (_, target) in enumerate(machine):
-        if target is not None and target < place:
-            inside.update(range(target, place + 1))
-    return len(inside)
-
-
-def _bits(name: str) -> int:
-    """Width of a global access in machine code."""
-    modifiers = name.split(".")
-    for suffix, bits in (("128", 128), ("64", 64), ("U16", 16), ("S16", 16), ("U8", 8), ("S8", 8)):
-        if suffix in modifiers:
-            return bits
-    return 32
 
 
 def _resident_warps(architecture: int, registers: int, shared: int, num_warps: int) -> int:

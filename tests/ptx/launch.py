@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import inspect
 from collections import Counter
 from collections.abc import Callable
@@ -48,6 +49,8 @@ def emulate(architecture: int, seed: int | None = None) -> None:
         if compiled.hash not in _programs:
             program = parse(compiled.asm["ptx"])
             _programs[compiled.hash] = program, decode(program)
+            # millions of objects that stay: collections need not look at them
+            gc.freeze()
         program, steps = _programs[compiled.hash]
         bound = inspect.signature(kernel.fn).bind(*args, **{k: v for k, v in options.items() if k in kernel.arg_names})
         bound.apply_defaults()
