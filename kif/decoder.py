@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kif.families import IGNORE, Batch, Encoded, pad, rounded_width, text_config, to_device
@@ -89,6 +90,18 @@ class DecoderModel(GenerativeModel):
         config = text_config(self.base.config, self.family)
         return getattr(config, "_attn_implementation", None) == "sdpa" and bool(marks) and all(marks)
 
+    @cached_property
+    def _ranks_beside(self) -> bool:
+        """Whether prompts are ranked with padding on the right, and so without a mask, and labels side by side.
+
+        The labels' pass has a mask and positions of its own, which leave the padding and other labels out; windows of
+        so many keys would count these, and states run through them.
+        """
+        config = text_config(self.base.config, self.family)
+        windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+        kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
+        return self._looks_back_only and not (any(windows) or kinds) and self._forward_accepts("position_ids")
+
     def _predictions(self, inputs: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(logits, what they predict), of (rows, tokens of the longest label); labels are on the CPU."""
         known = labels != IGNORE
@@ -97,13 +110,15 @@ class DecoderModel(GenerativeModel):
         place = (first + token).clamp(max=labels.size(1) - 1)
         # nothing predicts a row's first token
         following = labels.gather(1, place).masked_fill((token >= count) | (place == 0), IGNORE)
-        return self._logits_at(to_device((place - 1).clamp(min=0), self.device), **inputs), following
+        logits, _ = self._logits_at(to_device((place - 1).clamp(min=0), self.device), inputs)
+        return logits, following
 
     def fixed_loss(self, batch: Batch) -> Tensor:
         inputs = dict(batch)
         labels = inputs.pop("labels")
         if "predicting" in inputs:
-            return fixed_cross_entropy(self._logits_at(inputs.pop("predicting"), **inputs), labels)
+            logits, _ = self._logits_at(inputs.pop("predicting"), inputs)
+            return fixed_cross_entropy(logits, labels)
         # of the last label nothing is predicted; it is there for a width that suits matrix products
         logits, _ = self._last_logits(labels.size(1) + 1, **inputs, use_cache=False)
         return fixed_cross_entropy(logits[:, :-1], labels)
@@ -146,21 +161,61 @@ class DecoderModel(GenerativeModel):
         return texts
 
     def _rank(self, rows: Sequence[Encoded], candidates: Sequence[tuple[int, ...]]) -> Tensor:
-        """The prompts run once; their keys and values are repeated for a group of labels at a time."""
-        prompts = self._to_device(self._padded_inputs(rows, "left"))
+        """The prompts run once; the labels go on from their keys and values."""
+        beside = self._ranks_beside
+        prompts = self._to_device(self._padded_inputs(rows, "right" if beside else "left"))
         mask = prompts["attention_mask"]
         self._announce(**prompts)
-        first, prompt_cache = self._last_logits(1, **prompts, **self._positions(mask, mask.size(1)), use_cache=True)
-        if not _repeatable(prompt_cache):
+        if beside:
+            last = mask.sum(1, keepdim=True) - 1
+            first, cache = self._logits_at(last, {"input_ids": prompts["input_ids"]}, use_cache=True)
+        else:
+            first, cache = self._last_logits(1, **prompts, **self._positions(mask, mask.size(1)), use_cache=True)
+        if not _repeatable(cache):
             return self._rank_anew(rows, candidates)
-        labels = to_device(pad(candidates, IGNORE), self.device)
+        return (self._rank_beside if beside else self._rank_repeated)(first, cache, mask, candidates)
 
+    def _rank_beside(self, first: Tensor, cache: Any, mask: Tensor, candidates: Sequence[tuple[int, ...]]) -> Tensor:
+        """As many labels at once as one long row behind each prompt; a token sees the prompt and its own label."""
+        rows, vocabulary = len(mask), text_config(self.base.config, self.family).vocab_size
+        count = self._labels_at_once(rows * max(map(len, candidates)) * vocabulary)
+        starts, lengths = first[:, 0].float().log_softmax(1), mask.sum(1, keepdim=True)
+        scores = []
+        for begin in range(0, len(candidates), count):
+            part = candidates[begin : begin + count]
+            score = starts[:, to_device(torch.tensor([ids[0] for ids in part]), self.device)]
+            # the last token of a label predicts nothing that is scored
+            rest = [(i, at, *ids[at : at + 2]) for i, ids in enumerate(part) for at in range(len(ids) - 1)]
+            if rest:
+                label, at, token, following = to_device(torch.tensor(rest).T, self.device)
+                own = (label[:, None] == label) & (at[:, None] >= at)
+                seen = torch.cat([mask.bool()[:, None].expand(-1, len(rest), -1), own.expand(rows, -1, -1)], 2)
+                logits = self.model(
+                    input_ids=token.expand(rows, -1),
+                    attention_mask=seen[:, None],
+                    position_ids=lengths + at,
+                    past_key_values=cache,
+                    use_cache=True,
+                ).logits.float()
+                cache.crop(-len(rest))
+                losses = F.cross_entropy(logits.transpose(1, 2), following.expand(rows, -1), reduction="none")
+                each = losses.split([len(ids) - 1 for ids in part], 1)
+                score = score - torch.stack([one.sum(1) for one in each], 1)
+            scores.append(score)
+        return torch.cat(scores, 1)
+
+    def _rank_repeated(
+        self, first: Tensor, prompt_cache: Any, mask: Tensor, candidates: Sequence[tuple[int, ...]]
+    ) -> Tensor:
+        """Keys and values are repeated for a group of labels at a time."""
+        rows = mask.size(0)
+        labels = to_device(pad(candidates, IGNORE), self.device)
         config = text_config(self.base.config, self.family)
         cached = mask.numel() * 2 * config.num_hidden_layers * config.hidden_size
-        per_label = len(rows) * labels.size(1) * config.vocab_size + cached
+        per_label = rows * labels.size(1) * config.vocab_size + cached
         scores = []
         for part in labels.split(self._labels_at_once(per_label)):
-            tiled = part.repeat(len(rows), 1)
+            tiled = part.repeat(rows, 1)
             # the last token predicts nothing that is scored
             known = tiled[:, :-1]
             whole_mask = torch.cat([mask.repeat_interleave(len(part), 0), (known != IGNORE).long()], 1)
@@ -174,7 +229,7 @@ class DecoderModel(GenerativeModel):
                 **self._positions(whole_mask, known.size(1)),
             ).logits
             logits = torch.cat([first.repeat_interleave(len(part), 0), following], 1)
-            scores.append(log_likelihood(logits, tiled).view(len(rows), len(part)))
+            scores.append(log_likelihood(logits, tiled).view(rows, len(part)))
         return torch.cat(scores, 1)
 
     def _rank_anew(self, rows: Sequence[Encoded], candidates: Sequence[tuple[int, ...]]) -> Tensor:
@@ -193,8 +248,8 @@ class DecoderModel(GenerativeModel):
             scores.append(log_likelihood(logits, to_device(following, self.device)).view(len(rows), len(part)))
         return torch.cat(scores, 1)
 
-    def _logits_at(self, places: Tensor, **inputs: Tensor) -> Tensor:
-        """Logits of each row at some places of its own, (rows, places, vocabulary), computed there only."""
+    def _logits_at(self, places: Tensor, inputs: Batch, use_cache: bool = False) -> tuple[Tensor, Any]:
+        """Logits of each row at some places of its own, (rows, places, vocabulary), computed there only; the cache."""
 
         def choose(head: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             states, *others = args
@@ -202,10 +257,10 @@ class DecoderModel(GenerativeModel):
 
         hook = self.base.get_output_embeddings().register_forward_pre_hook(choose)
         try:
-            logits: Tensor = self.model(**inputs, use_cache=False).logits
+            output = self.model(**inputs, use_cache=use_cache)
         finally:
             hook.remove()
-        return logits
+        return output.logits, getattr(output, "past_key_values", None)
 
     def _last_logits(self, count: int, **inputs: Any) -> tuple[Tensor, Any]:
         """Logits at the last places, computed there only where the model can; its cache or None."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import build_tiny, build_type, rerun, sentiment_task, topic_task, without_dropout
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
@@ -194,6 +195,33 @@ def test_ranking_equals_likelihoods_one_by_one(load: Loader, model_type: str) ->
     candidates = lm._targets(TOPICS, TOPICS.labels)
     with torch.no_grad():
         scores = lm._rank(rows, candidates)
+    expected = [[-loss_of(lm, [replace(row, target=target)]) for target in candidates] for row in rows]
+    torch.testing.assert_close(scores, torch.tensor(expected), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_prompts_are_ranked_without_a_mask_unless_a_window_would_count_padding(
+    window: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = build_type("mistral", "decoder", tmp_path / "model", sliding_window=window, **LLAMA)
+    config = RunConfig(model=str(folder), device="cpu", max_length=128)
+    lm: Any = load_language_model(config, {TOPICS.name: TOPICS.labels})
+    lm.model.eval()
+    rows = lm.encode(TOPICS, TOPICS.train)
+    assert len({len(row.input_ids) for row in rows}) > 1 and min(len(row.input_ids) for row in rows) > 16
+    candidates = [*lm._targets(TOPICS, TOPICS.labels), (lm.tokenizer.eos_token_id,)]
+    masked: list[bool] = []
+    attend = F.scaled_dot_product_attention
+
+    def watched(query: torch.Tensor, *args: Any, attn_mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+        masked.append(attn_mask is not None)
+        return attend(query, *args, attn_mask=attn_mask, **options)
+
+    with torch.no_grad(), monkeypatch.context() as patched:
+        patched.setattr(F, "scaled_dot_product_attention", watched)
+        scores = lm._rank(rows, candidates)
+    # the prompts' layers, then the labels'
+    assert masked == [window is not None] * 2 + [True] * 2
     expected = [[-loss_of(lm, [replace(row, target=target)]) for target in candidates] for row in rows]
     torch.testing.assert_close(scores, torch.tensor(expected), rtol=1e-3, atol=1e-3)
 
