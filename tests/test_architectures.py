@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from tiny import build_tiny, build_type, rerun, sentiment_task, topic_task, without_dropout
+from tiny import build_tiny, build_type, masks_of_attention, rerun, sentiment_task, topic_task, without_dropout
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto import modeling_auto as auto
@@ -113,8 +112,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Loader:
 
     def loader(model_type: str, **changes: Any) -> LanguageModel:
         family, config = TYPES[model_type]
-        if config.keys() >= EXPERTS.keys() and not experts_run_here():
-            pytest.skip("this torch has no grouped products on the CPU, by which transformers runs experts")
+        skip_where_experts_cannot_run(config)
         folder = root / model_type
         if not folder.exists():
             build_type(model_type, family, folder, **config)
@@ -132,6 +130,11 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Loader:
         return lm
 
     return loader
+
+
+def skip_where_experts_cannot_run(config: dict[str, Any]) -> None:
+    if config.keys() >= EXPERTS.keys() and not experts_run_here():
+        pytest.skip("this torch has no grouped products on the CPU, by which transformers runs experts")
 
 
 def experts_run_here() -> bool:
@@ -210,10 +213,9 @@ def test_ranking_equals_likelihoods_one_by_one(load: Loader, model_type: str) ->
     ],
 )
 def test_prompts_are_ranked_without_a_mask_unless_padding_would_count(
-    model_type: str, changes: dict[str, Any], masked: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_type: str, changes: dict[str, Any], masked: list[bool], tmp_path: Path
 ) -> None:
-    if changes.keys() >= EXPERTS.keys() and not experts_run_here():
-        pytest.skip("this torch has no grouped products on the CPU, by which transformers runs experts")
+    skip_where_experts_cannot_run(changes)
     folder = build_type(model_type, "decoder", tmp_path / "model", **LLAMA, **changes)
     config = RunConfig(model=str(folder), device="cpu", max_length=128, target_modules=["q_proj", "v_proj"])
     lm: Any = load_language_model(config, {TOPICS.name: TOPICS.labels})
@@ -221,17 +223,9 @@ def test_prompts_are_ranked_without_a_mask_unless_padding_would_count(
     rows = lm.encode(TOPICS, TOPICS.train)
     assert len({len(row.input_ids) for row in rows}) > 1 and min(len(row.input_ids) for row in rows) > 16
     candidates = [*lm._targets(TOPICS, TOPICS.labels), (lm.tokenizer.eos_token_id,)]
-    found: list[bool] = []
-    attend = F.scaled_dot_product_attention
-
-    def watched(query: torch.Tensor, *args: Any, attn_mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
-        found.append(attn_mask is not None)
-        return attend(query, *args, attn_mask=attn_mask, **options)
-
-    with torch.no_grad(), monkeypatch.context() as patched:
-        patched.setattr(F, "scaled_dot_product_attention", watched)
+    with torch.no_grad(), masks_of_attention() as masks:
         scores = lm._rank(rows, candidates)
-    assert found == masked
+    assert [mask is not None for mask in masks] == masked
     expected = [[-loss_of(lm, [replace(row, target=target)]) for target in candidates] for row in rows]
     torch.testing.assert_close(scores, torch.tensor(expected), rtol=1e-3, atol=1e-3)
 

@@ -14,10 +14,18 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import Kind, build_tiny, build_type, rerun, sentiment_task, topic_task, without_own_dropout
+from tiny import (
+    Kind,
+    build_tiny,
+    build_type,
+    masks_of_attention,
+    rerun,
+    sentiment_task,
+    topic_task,
+    without_own_dropout,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -282,7 +290,7 @@ def test_a_pass_is_recorded_with_a_mask_and_without_cudnn(kind: str, folders: di
 
 @pytest.mark.parametrize(("kind", "masked"), [("llama", []), ("gpt2", []), ("mistral", ["wide"])])
 def test_decoders_are_recorded_without_a_mask_unless_it_hides_more(
-    kind: str, masked: list[str], folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, masked: list[str], folders: dict[str, Path], tmp_path: Path
 ) -> None:
     """Such as that of a sliding window in batches wider than it."""
     if kind == "mistral":
@@ -290,14 +298,6 @@ def test_decoders_are_recorded_without_a_mask_unless_it_hides_more(
         small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, **heads}
         folders = {kind: build_type("mistral", "decoder", tmp_path, sliding_window=16, **small)}
     lm, arena, rows = load(kind, folders)
-    seen: list[Tensor | None] = []
-    attend = F.scaled_dot_product_attention
-
-    def watched(*args: Any, attn_mask: Tensor | None = None, is_causal: bool = False, **options: Any) -> Tensor:
-        assert is_causal == (attn_mask is None)
-        seen.append(attn_mask)
-        return attend(*args, attn_mask=attn_mask, is_causal=is_causal, **options)
-
     captured = CapturedSteps(lm, arena, [4], rerun)
     for name, tokens in {"8": 8, "16": 16, "wide": 40}.items():
         batch = [
@@ -306,14 +306,12 @@ def test_decoders_are_recorded_without_a_mask_unless_it_hides_more(
         ]
         loss, gradient = launched(lm, arena, batch)
         arena.zero_grad()
-        with monkeypatch.context() as patched:
-            patched.setattr(F, "scaled_dot_product_attention", watched)
+        with masks_of_attention() as seen:
             assert captured.backward(batch, lm.label_count(batch)).item() == pytest.approx(loss, rel=1e-5)
         torch.testing.assert_close(arena.grad, gradient, rtol=1e-3, atol=1e-6)
         # the first pass only looks
         recorded = seen[len(seen) // 3 :]
         assert recorded and {mask is not None for mask in recorded} == {name in masked}
-        seen.clear()
 
 
 def test_which_masks_hide_what_follows_and_nothing_else() -> None:

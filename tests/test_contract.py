@@ -126,6 +126,15 @@ def test_a_spill_is_counted(controls: dict[str, Any]) -> None:
 
 
 @needs_triton
+def test_a_kernel_without_machine_code_cannot_be_judged() -> None:
+    from benchmarks.contract.measure import _row
+    from benchmarks.contract.read import Compiled
+
+    row = _row(Compiled("hash", "", "", b"", num_warps=4, shared=0), [], 90, elements=1024)
+    assert row == {"hash": "hash", "unreadable": "no machine code"}
+
+
+@needs_triton
 def test_a_record_reads_back_and_a_stale_one_is_noticed(measured: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "triton.json"
     path.write_text(check.record(measured))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from tokenizers.decoders import ByteLevel
 from torch import Tensor, nn
@@ -37,6 +39,21 @@ def build_tiny(kind: Kind, folder: str | Path) -> Path:
     tokenizer.save_pretrained(folder)
     _write_model(lambda: _model(kind, tokenizer), 8 if kind != "t5" else 1.5, folder)
     return folder
+
+
+@contextmanager
+def masks_of_attention() -> Iterator[list[Tensor | None]]:
+    """The mask of each call of torch's attention in the block; None: it hides what follows."""
+    masks: list[Tensor | None] = []
+    attend = F.scaled_dot_product_attention
+
+    def watched(*args: Any, attn_mask: Tensor | None = None, is_causal: bool = False, **options: Any) -> Tensor:
+        assert is_causal == (attn_mask is None)
+        masks.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask, is_causal=is_causal, **options)
+
+    with patch.object(F, "scaled_dot_product_attention", watched):
+        yield masks
 
 
 def without_own_dropout(folder: Path) -> Path:

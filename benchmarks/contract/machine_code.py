@@ -54,10 +54,11 @@ def _code(cubin: bytes) -> bytes:
     size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
     # of each section: its name's place in the section of names, its own place and its size
     sections = [struct.unpack_from("<I20xQQ", cubin, headers + i * size) for i in range(count)]
-    texts = [s for s in sections if cubin.startswith(b".text.", sections[names][1] + s[0])]
-    if not texts:
-        raise Unreadable("the compiled kernel has no machine code")
-    return b"".join(cubin[place : place + length] for _, place, length in texts)
+    return b"".join(
+        cubin[place : place + length]
+        for name, place, length in sections
+        if cubin.startswith(b".text.", sections[names][1] + name)
+    )
 
 
 def registers_and_stack(cubin: bytes) -> tuple[int, int]:

@@ -75,6 +75,8 @@ def facts(kernel: Compiled, machine: list[Instruction], architecture: int, eleme
         loop (instructions inside loops), warps (resident on a multiprocessor).
     Raises: Unreadable.
     """
+    if not machine:
+        raise Unreadable("no machine code")
     names = [name for name, _ in machine]
     registers, stack = registers_and_stack(kernel.cubin)
     measured = {
