@@ -1,10 +1,11 @@
-"""Short greedy answers, timed: with the growing key-value cache that kif uses, and with a static one.
+"""Short greedy answers, timed, with the growing key-value cache that kif uses and with a static one; labels, ranked.
 
     python -m benchmarks.decode --model t5-large --json FILE
 
 A static cache lets transformers compile a decoding step (on a GPU it does), which takes its time first. Answers of a
 classification task are a few tokens long, so what could be saved is all but the `one token` column, the prompt's own
-pass. Weights are random, as in `benchmarks.train_step`; both ways take turns in one process.
+pass. Labels are ranked side by side, as kif does, and with the prompt's part repeated for each. Weights are random, as in
+`benchmarks.train_step`; both ways take turns in one process.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from torch import Tensor
 from benchmarks.machine import environment, write_json
 from benchmarks.models import MODELS, build, rows_of
 from benchmarks.train_step import synchronize
-from kif.families import LanguageModel
+from kif.families import Encoded, LanguageModel
 
 WAYS = ("growing", "static")
+RANKINGS = {"beside": True, "repeated": False}
 
 
 def generate(lm: LanguageModel, batch: dict[str, Tensor], way: str, tokens: int) -> Tensor:
@@ -67,6 +69,29 @@ def measure(
         }
 
 
+@torch.no_grad()
+def rank(
+    lm: LanguageModel, rows: Sequence[Encoded], labels: int, tokens: int, repeats: int
+) -> dict[str, dict[str, float]]:
+    """For each way of ranking so many labels of so many tokens ms, and how far its scores are from the others'."""
+    generator = torch.Generator().manual_seed(2)
+    candidates = torch.randint(2, 30000, (labels, tokens - 1), generator=generator).tolist()
+    times: dict[str, list[float]] = {way: [] for way in RANKINGS}
+    scores = {}
+    for repeat in range(repeats + 1):
+        for way, beside in RANKINGS.items():
+            lm._ranks_beside = beside  # type: ignore[attr-defined]
+            synchronize(lm.device)
+            begun = time.perf_counter()
+            scores[way] = lm._rank(rows, [(*ids, 1) for ids in candidates])  # type: ignore[attr-defined]
+            synchronize(lm.device)
+            # the first time warms up
+            if repeat:
+                times[way].append((time.perf_counter() - begun) * 1e3)
+    far = (scores["beside"] - scores["repeated"]).abs().max().item()
+    return {way: {"ms": statistics.median(all_), "difference": far} for way, all_ in times.items()}
+
+
 def _timed(lm: LanguageModel, batch: dict[str, Tensor], way: str, tokens: int) -> tuple[Tensor, float]:
     synchronize(lm.device)
     begun = time.perf_counter()
@@ -81,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=32, help="rows answered at once")
     parser.add_argument("--length", type=int, default=512, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=4, help="tokens of an answer")
+    parser.add_argument("--labels", type=int, default=14, help="labels to be ranked, of as many tokens as an answer")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
@@ -89,15 +115,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(options.device)
     lm = build(options.model, device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
     lm.model.eval()
-    batch = lm.prompts(rows_of(options.batch, [options.length], 1))
+    rows = rows_of(options.batch, [options.length], 1)
+    batch = lm.prompts(rows)
     settings = {name: value for name, value in vars(options).items() if name != "json"}
-    document = {"settings": settings, "environment": environment(device)}
+    ranking = rank(lm, rows, options.labels, options.tokens, options.repeats)
+    document = {"settings": settings, "environment": environment(device), "ranking": ranking}
     for ways in measure(lm, batch, options.tokens, options.repeats):
         if options.json:
             write_json(options.json, {**document, "ways": ways})
     print(f"{'cache':10}{'one token, ms':>15}{'all, ms':>10}{'first, ms':>11}{'equal':>8}")
     for way, row in ways.items():
         print(f"{way:10}{row['one_ms']:15.1f}{row['all_ms']:10.1f}{row['first_ms']:11.0f}{row['equal']:8.2f}")
+    print(f"{options.labels} labels ranked: " + ", ".join(f"{way} {row['ms']:.1f} ms" for way, row in ranking.items()))
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -79,20 +80,60 @@ class EncoderDecoderModel(GenerativeModel):
         return settings
 
     def _rank(self, rows: Sequence[Encoded], candidates: Sequence[tuple[int, ...]]) -> Tensor:
+        """The encoder runs once."""
         inputs = self._to_device(self._padded_inputs(rows, "right"))
         self._announce(**inputs)
         encoded = self.base.get_encoder()(**inputs)
+        rank = self._rank_beside if self._ranks_beside else self._rank_repeated
+        return rank(encoded, inputs["attention_mask"], candidates)
+
+    @cached_property
+    def _ranks_beside(self) -> bool:
+        """Whether labels are ranked side by side: where the decoder's positions are T5's, relative and nothing else, it
+        does not matter where in a row a label begins. Experts that take so many tokens of a row would count them all.
+        """
+        decoder = self.base.get_decoder()
+        relative = any(hasattr(module, "compute_bias") for module in decoder.modules())
+        limited = hasattr(decoder.config, "expert_capacity")
+        return relative and not limited and decoder.config._attn_implementation in ("eager", "sdpa")
+
+    def _rank_beside(self, encoded: Any, mask: Tensor, candidates: Sequence[tuple[int, ...]]) -> Tensor:
+        """As many labels at once as one long row, each behind a start token of its own; a token sees its own label."""
+        start = self.base.generation_config.decoder_start_token_id
+        dtype = encoded.last_hidden_state.dtype
+        count = self._labels_at_once(len(mask) * max(map(len, candidates)) * self.base.config.vocab_size)
+        scores = []
+        for begin in range(0, len(candidates), count):
+            part = candidates[begin : begin + count]
+            places = [(i, *pair) for i, ids in enumerate(part) for pair in zip((start, *ids), ids, strict=False)]
+            label, token, following = to_device(torch.tensor(places).T, self.device)
+            own = (label[:, None] == label).tril()
+            if self.base.get_decoder().config._attn_implementation == "eager":
+                own = torch.zeros_like(own, dtype=dtype).masked_fill(~own, torch.finfo(dtype).min)
+            logits = self.model(
+                encoder_outputs=encoded,
+                attention_mask=mask,
+                decoder_input_ids=token.expand(len(mask), -1),
+                decoder_attention_mask=own.expand(len(mask), 1, -1, -1),
+                use_cache=False,
+            ).logits.float()
+            losses = F.cross_entropy(logits.transpose(1, 2), following.expand(len(mask), -1), reduction="none")
+            scores += [-one.sum(1) for one in losses.split([len(ids) for ids in part], 1)]
+        return torch.stack(scores, 1)
+
+    def _rank_repeated(self, encoded: Any, mask: Tensor, candidates: Sequence[tuple[int, ...]]) -> Tensor:
+        """The encoder's states are repeated for a group of labels at a time."""
         states = encoded.last_hidden_state
         labels = to_device(pad(candidates, IGNORE), self.device)
-        per_label = len(rows) * labels.size(1) * self.base.config.vocab_size + states.numel()
+        per_label = len(mask) * labels.size(1) * self.base.config.vocab_size + states.numel()
         scores = []
         for part in labels.split(self._labels_at_once(per_label)):
-            tiled = part.repeat(len(rows), 1)
+            tiled = part.repeat(len(mask), 1)
             logits = self.model(
                 encoder_outputs=type(encoded)(last_hidden_state=states.repeat_interleave(len(part), 0)),
-                attention_mask=inputs["attention_mask"].repeat_interleave(len(part), 0),
+                attention_mask=mask.repeat_interleave(len(part), 0),
                 decoder_input_ids=self._decoder_inputs(tiled),
                 use_cache=False,
             ).logits
-            scores.append(log_likelihood(logits, tiled).view(len(rows), len(part)))
+            scores.append(log_likelihood(logits, tiled).view(len(mask), len(part)))
         return torch.cat(scores, 1)

@@ -230,6 +230,31 @@ def test_prompts_are_ranked_without_a_mask_unless_padding_would_count(
     torch.testing.assert_close(scores, torch.tensor(expected), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "beside"), [("mt5", True), ("t5", True), ("bart", False), ("switch_transformers", False)]
+)
+def test_t5_sees_the_encoders_states_once_for_all_labels(
+    load: Loader, model_type: str, beside: bool, tmp_path: Path
+) -> None:
+    if model_type == "t5":
+        lm: Any = load_language_model(RunConfig(model=str(build_tiny("t5", tmp_path)), device="cpu"), {"topics": None})
+        lm.model.eval()
+    else:
+        lm = load(model_type)
+    rows = lm.encode(TOPICS, TOPICS.train)
+    # of one token, and twice the same
+    candidates = [*lm._targets(TOPICS, TOPICS.labels), (lm.tokenizer.eos_token_id,), (5, 6, 7), (5, 6, 7)]
+    shapes: list[torch.Size] = []
+    lm.base.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(kwargs["encoder_hidden_states"].shape), with_kwargs=True
+    )
+    with torch.no_grad():
+        scores = lm._rank(rows, candidates)
+    assert [shape[0] for shape in shapes] == [len(rows) * (1 if beside else len(candidates))]
+    expected = [[-loss_of(lm, [replace(row, target=target)]) for target in candidates] for row in rows]
+    torch.testing.assert_close(scores, torch.tensor(expected), rtol=1e-3, atol=1e-3)
+
+
 @of("decoder", "encoder-decoder", "encoder")
 def test_answers_do_not_depend_on_the_batch(load: Loader, model_type: str) -> None:
     lm = load(model_type)
