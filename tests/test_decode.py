@@ -1,4 +1,4 @@
-"""The benchmark of short answers: both caches write the same tokens, as many as were asked for."""
+"""The benchmark of short answers: both caches write the same tokens, as many as were asked for; both ways of ranking."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from benchmarks import decode, models
 
 
 @pytest.mark.parametrize("model", ["tiny-t5", "tiny-llama"])
-def test_both_caches_answer_alike(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_both_caches_answer_and_both_ways_rank_alike(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = tmp_path / "new" / "decode.json"
     options = ["--model", model, "--length", "8", "--batch", "2", "--tokens", "3", "--repeats", "1", "--device", "cpu"]
     assert decode.main([*options, "--json", str(target)]) == 0
@@ -20,7 +22,11 @@ def test_both_caches_answer_alike(model: str, tmp_path: Path, capsys: pytest.Cap
     assert set(document["ways"]) == set(decode.WAYS) and document["settings"]["tokens"] == 3
     for row in document["ways"].values():
         assert row["equal"] == 1.0 and row["one_ms"] > 0 and row["all_ms"] > 0 and row["first_ms"] > 0
-    assert "static" in capsys.readouterr().out
+    ranking = document["ranking"]
+    assert 0 < ranking["difference"] < 1e-3, "bits differ where sums take another order"
+    assert ranking["beside_ms"] > 0 and ranking["repeated_ms"] > 0
+    printed = capsys.readouterr().out
+    assert "static" in printed and "14 labels ranked" in printed
 
 
 def test_answers_are_the_models_own() -> None:
