@@ -4,8 +4,8 @@
 
 A static cache lets transformers compile a decoding step (on a GPU it does), which takes its time first. Answers of a
 classification task are a few tokens long, so what could be saved is all but the `one token` column, the prompt's own
-pass. Labels are ranked side by side, as kif does, and with the prompt's part repeated for each. Weights are random, as in
-`benchmarks.train_step`; both ways take turns in one process.
+pass. Labels are ranked side by side, as kif does, and with the prompt's part repeated for each. Weights are random, as
+in `benchmarks.train_step`; both ways take turns in one process.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@
 # bases: the memory that LLaMA-2 7B takes in bf16, in 8 and in 4 bits, where bitsandbytes is installed; writes 13 GB to
 # TMPDIR for a while.
 #
-# decode: short answers with a static cache, for which transformers compiles the decoding step.
+# decode: short answers with a static cache, for which transformers compiles the decoding step; ranking of labels.
 #
 # trajectory: losses of T5-large over 200 steps, recorded in bf16 and by the plain path.
 #
