@@ -10,11 +10,16 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kif.families import IGNORE, Batch, Encoded, pad, rounded_width, text_config, to_device
-from kif.generative import GenerativeModel, fixed_cross_entropy, log_likelihood, summed_cross_entropy
+from kif.generative import (
+    GenerativeModel,
+    fixed_cross_entropy,
+    log_likelihood,
+    log_likelihoods_beside,
+    summed_cross_entropy,
+)
 from kif.tasks import Example, Task
 
 
@@ -196,11 +201,9 @@ class DecoderModel(GenerativeModel):
                     position_ids=lengths + at,
                     past_key_values=cache,
                     use_cache=True,
-                ).logits.float()
+                ).logits
                 cache.crop(-len(rest))
-                losses = F.cross_entropy(logits.transpose(1, 2), following.expand(rows, -1), reduction="none")
-                each = losses.split([len(ids) - 1 for ids in part], 1)
-                score = score - torch.stack([one.sum(1) for one in each], 1)
+                score = score + log_likelihoods_beside(logits, following, [len(ids) - 1 for ids in part])
             scores.append(score)
         return torch.cat(scores, 1)
 

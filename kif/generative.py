@@ -133,3 +133,15 @@ def log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum of log softmax(logits)[label] over each row's labelled positions, shape (rows,)."""
     losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
     return -losses.sum(1)
+
+
+def log_likelihoods_beside(logits: Tensor, labels: Tensor, lengths: Sequence[int]) -> Tensor:
+    """As `log_likelihood`, of labels of so many tokens that lie side by side in each row, shape (rows, labels).
+
+    Args:
+        logits: (rows, tokens of all labels, vocabulary).
+        labels: (tokens of all labels,), the same for each row.
+    """
+    every = labels.expand(len(logits), -1)
+    losses = F.cross_entropy(logits.float().transpose(1, 2), every, reduction="none")
+    return -torch.stack([one.sum(1) for one in losses.split(list(lengths), 1)], 1)

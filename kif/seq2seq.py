@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kif.families import IGNORE, Batch, Encoded, pad, to_device
-from kif.generative import GenerativeModel, fixed_cross_entropy, log_likelihood, summed_cross_entropy
+from kif.generative import (
+    GenerativeModel,
+    fixed_cross_entropy,
+    log_likelihood,
+    log_likelihoods_beside,
+    summed_cross_entropy,
+)
 from kif.tasks import Task
 
 
@@ -116,10 +122,9 @@ class EncoderDecoderModel(GenerativeModel):
                 decoder_input_ids=token.expand(len(mask), -1),
                 decoder_attention_mask=own.expand(len(mask), 1, -1, -1),
                 use_cache=False,
-            ).logits.float()
-            losses = F.cross_entropy(logits.transpose(1, 2), following.expand(len(mask), -1), reduction="none")
-            scores += [-one.sum(1) for one in losses.split([len(ids) for ids in part], 1)]
-        return torch.stack(scores, 1)
+            ).logits
+            scores.append(log_likelihoods_beside(logits, following, [len(ids) for ids in part]))
+        return torch.cat(scores, 1)
 
     def _rank_repeated(self, encoded: Any, mask: Tensor, candidates: Sequence[tuple[int, ...]]) -> Tensor:
         """The encoder's states are repeated for a group of labels at a time."""
