@@ -24,6 +24,7 @@ from benchmarks.machine import environment, write_json
 from benchmarks.models import MODELS, build, rows_of
 from benchmarks.train_step import synchronize
 from kif.families import Encoded, LanguageModel
+from kif.layers import fit_layers
 
 WAYS = ("growing", "static")
 RANKINGS = {"beside": True, "repeated": False}
@@ -112,6 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     lm = build(options.model, device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
+    # as when `kif` loads a model
+    fit_layers(lm.base, device)
     lm.model.eval()
     rows = rows_of(options.batch, [options.length], 1)
     batch = lm.prompts(rows)

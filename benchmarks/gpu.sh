@@ -23,8 +23,8 @@
 #
 # attention (50 s): torch's attention and cuDNN's by themselves, time and error.
 #
-# bases (280 s): the memory that LLaMA-2 7B takes in bf16, in 8 and in 4 bits, where bitsandbytes is installed; writes 13
-# GB to TMPDIR for a while.
+# bases (400 s): the memory that LLaMA-2 7B and 13B take in bf16, in 8 and in 4 bits, where bitsandbytes is installed;
+# writes 26 GB to TMPDIR for a while.
 #
 # decode (240 s): short answers with a static cache, for which transformers compiles the decoding step; ranking of labels.
 #
@@ -46,7 +46,7 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.."
 # what was printed when the time is up shall be in the file
-export PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 python=${PYTHON:-python3}
 failed=()
@@ -85,14 +85,14 @@ correctness() {
   if tiny; then
     stage correctness 200 env KIF_BACKEND=interpret TRITON_INTERPRET=1 \
       "$python" -m pytest -q -x tests/kernel_tests/test_fuse.py
-    stage paths 120 "$python" -m pytest -q tests/test_captured.py -k "few_shapes or gpu"
+    stage paths 120 "$python" -m pytest -q tests/test_captured.py -k "few_shapes or gpu or cuda"
     return
   fi
   local parallel=()
   # most of the time goes into compiling, which takes one core for each process
   has xdist && parallel=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
   stage correctness 120 "$python" -m pytest -v tests/kernel_tests "${parallel[@]}"
-  stage paths 70 "$python" -m pytest -v tests/test_captured.py tests/test_layers.py -k gpu
+  stage paths 70 "$python" -m pytest -v tests/test_captured.py tests/test_layers.py -k 'gpu or cuda'
 }
 
 kernels() {
@@ -158,10 +158,17 @@ attention() {
 }
 
 bases() {
-  local shape=llama2-7b options=(--rows 8 --length 512)
-  tiny && shape=tiny-llama && options=(--rows 2 --length 16)
-  lines=5 stage bases 280 "$python" -m benchmarks.memory --shape "$shape" --forms bf16 int8 nf4 --device "$device" \
-    "${options[@]}" --json "$out/bases.json"
+  if tiny; then
+    lines=5 stage bases 280 "$python" -m benchmarks.memory --shape tiny-llama --forms bf16 int8 nf4 --device cpu \
+      --rows 2 --length 16 --json "$out/bases.json"
+    return
+  fi
+  local rows=8
+  for shape in llama2-7b llama2-13b; do
+    lines=5 stage "bases-$shape" 200 "$python" -m benchmarks.memory --shape $shape --forms nf4 int8 bf16 \
+      --device "$device" --rows $rows --length 512 --json "$out/bases-$shape.json"
+    rows=4
+  done
 }
 
 decode() {

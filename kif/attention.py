@@ -1,4 +1,4 @@
-"""Attention without cuDNN, whose gradients can be NaN, and without a mask; T5's position bias, masked once."""
+"""Attention by cuDNN where its gradients are right, and without a mask; T5's position bias, masked once."""
 
 from __future__ import annotations
 
@@ -28,6 +28,33 @@ def without_cudnn() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@contextmanager
+def cudnn_where_safe() -> Iterator[None]:
+    """Within the block torch's attention, as transformers calls it, may be cuDNN's where its gradient is right.
+
+    That is without a mask, and with one where no number of queries or keys is 64 more than a multiple of 128
+    (`without_cudnn`). Not for rows that see nothing. cuDNN prepares for every shape when it first occurs: for passes of
+    few shapes.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    attend: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def chosen(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> Any:
+        before = torch.backends.cuda.cudnn_sdp_enabled()
+        widths = (query.size(2) % 128, key.size(2) % 128)
+        torch.backends.cuda.enable_cudnn_sdp(attention_mask is None or 64 not in widths)
+        try:
+            return attend(module, query, key, value, attention_mask, **options)
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(before)
+
+    with _registered(chosen, attend):
+        yield
 
 
 @contextmanager
@@ -69,14 +96,23 @@ def _changed_masks(change: Callable[[Tensor, Tensor, Tensor], Tensor | None]) ->
                 options["is_causal"] = True
         return attend(module, query, key, value, attention_mask, **options)
 
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = changed
+    with _registered(changed, attend):
+        yield
+
+
+@contextmanager
+def _registered(function: Callable[..., Any], before: Any) -> Iterator[None]:
+    """Within the block `function` is transformers' way to torch's attention, instead of `before`."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = function
     try:
         yield
     finally:
         # what is registered for all must not stay hidden behind a copy
         del ALL_ATTENTION_FUNCTIONS["sdpa"]
-        if ALL_ATTENTION_FUNCTIONS["sdpa"] is not attend:
-            ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+        if ALL_ATTENTION_FUNCTIONS["sdpa"] is not before:
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = before
 
 
 def _hides_what_follows(query: Tensor, key: Tensor, mask: Tensor) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kif.arena import ParameterArena
-from kif.attention import causal_masks_seen, without_causal_masks, without_cudnn
+from kif.attention import causal_masks_seen, cudnn_where_safe, without_causal_masks, without_cudnn
 from kif.families import IGNORE, Batch, Encoded, LanguageModel, pinned
 
 WARM_UP = 3
@@ -84,10 +84,13 @@ class CapturedSteps:
         gradient = self.arena.grad.clone()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             unmasked = without_causal_masks if self._only_causal(inputs) else nullcontext
+            # padding in front of a decoder's prompt sees nothing
+            masked_decoder = self.lm.family == "decoder" and unmasked is nullcontext
+            chosen = nullcontext if masked_decoder else cudnn_where_safe
 
             def run() -> Tensor:
                 # the backward pass takes the implementation that the forward pass took
-                with without_cudnn(), unmasked():
+                with without_cudnn(), chosen(), unmasked():
                     loss = self.lm.fixed_loss(inputs) / count
                 loss.backward()
                 return loss.detach()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import (
@@ -31,7 +32,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kif.arena import ParameterArena
-from kif.attention import _hides_what_follows, causal_masks_seen, without_causal_masks
+from kif.attention import (
+    _hides_what_follows,
+    causal_masks_seen,
+    cudnn_where_safe,
+    without_causal_masks,
+    without_cudnn,
+)
 from kif.captured import CapturedSteps, CudaGraphs
 from kif.config import RunConfig
 from kif.families import IGNORE, Encoded, LanguageModel, rounded_width
@@ -340,7 +347,7 @@ def test_attention_is_as_before_once_the_masks_are_back(owner: str, monkeypatch:
     if owner == "somebody":
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", lambda *_: None)
     before, local = ALL_ATTENTION_FUNCTIONS["sdpa"], dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
-    for block in (causal_masks_seen, without_causal_masks):
+    for block in (causal_masks_seen, without_causal_masks, cudnn_where_safe):
         with pytest.raises(KeyError), block():
             assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not before
             raise KeyError
@@ -357,6 +364,48 @@ def test_what_follows_is_hidden_whatever_the_caller_says_beside_its_mask() -> No
     with without_causal_masks():
         found, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](torch.nn.Module(), query, key, value, mask, is_causal=False)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize(
+    ("queries", "keys", "masked", "allowed"),
+    [(64, 64, False, True), (64, 64, True, False), (8, 192, True, False), (64, 128, True, False), (8, 128, True, True)],
+)
+def test_where_attention_may_be_cudnns(
+    queries: int, keys: int, masked: bool, allowed: bool, outside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def attend(*args: Any, **options: Any) -> bool:
+        return torch.backends.cuda.cudnn_sdp_enabled()
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", attend)
+    query, key = torch.zeros(1, 1, queries, 8), torch.zeros(1, 1, keys, 8)
+    with nullcontext() if outside else without_cudnn(), cudnn_where_safe():
+        mask = torch.zeros(queries, keys) if masked else None
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"](torch.nn.Module(), query, key, key, mask) == allowed
+        assert torch.backends.cuda.cudnn_sdp_enabled() == outside
+
+
+@pytest.mark.parametrize(
+    ("kind", "masked", "allowed"), [("t5", True, True), ("llama", False, True), ("llama", True, False)]
+)
+def test_recorded_attention_may_be_cudnns(
+    kind: str, masked: bool, allowed: bool, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, arena, rows = load(kind, folders)
+    seen: set[bool] = set()
+    attend = F.scaled_dot_product_attention
+
+    def watched(*args: Any, **options: Any) -> Tensor:
+        seen.add(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    steps = CapturedSteps(lm, arena, [4], rerun)
+    monkeypatch.setattr(steps, "_only_causal", lambda inputs: not masked)
+    steps.backward(rows[:4], lm.label_count(rows[:4]))
+    assert seen == {allowed} and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -492,8 +541,38 @@ def test_bf16_with_much_padding(kind: str, device: str, folders: dict[str, Path]
 
 
 @needs_gpu
-def test_replays_on_a_gpu_draw_new_dropout_that_a_seed_fixes(folders: dict[str, Path]) -> None:
-    lm, arena, rows = load("t5", folders, device="cuda", lora_dropout=0.5)
+@pytest.mark.parametrize("width", [64, 72, 128, 192])
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_gradients_of_recorded_attention_on_a_gpu(kind: str, width: int, folders: dict[str, Path]) -> None:
+    lm, arena, rows = load(kind, folders, device="cuda", precision="bf16")
+    if kind == "t5":
+        # attention does not change, but cuDNN's gradients with a mask are NaN at some widths
+        lm.base.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.data.sub_(128)
+    length = width if kind == "t5" else width - len(rows[0].target)
+    ids = (rows[0].input_ids * width)[:length]
+    # and a row without labels
+    batch = [replace(rows[0], input_ids=ids[: length if i else 3]) for i in range(3)]
+    with without_cudnn():
+        loss, gradient = launched(lm, arena, batch)
+    arena.zero_grad()
+    steps = CapturedSteps(lm, arena, [4])
+    assert steps.backward(batch, lm.label_count(batch)).item() == pytest.approx(loss, rel=0.02)
+    assert arena.grad.isfinite().all() and (arena.grad - gradient).norm() < 0.1 * gradient.norm()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        steps.backward(batch, lm.label_count(batch))
+        torch.cuda.synchronize()
+    if torch.cuda.get_device_capability() >= (9, 0) and torch.__version__ >= "2.11":
+        assert any("cudnn" in event.key for event in profiler.key_averages())
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_replays_on_a_gpu_draw_new_dropout_that_a_seed_fixes(precision: Any, folders: dict[str, Path]) -> None:
+    # that of torch, and that of attention by cuDNN
+    own = 0.5 if precision == "bf16" else 0.0
+    lm, arena, rows = load("t5", folders, device="cuda", lora_dropout=0.5 - own, precision=precision)
+    for block in lm.base.encoder.block:
+        block.layer[0].SelfAttention.dropout = own
 
     def three() -> list[float]:
         captured = CapturedSteps(lm, arena, [4])
