@@ -234,6 +234,10 @@ def describe(row: Row, case: Case, problem: Problem, machine: Machine) -> list[P
         row.passes = contender.count_passes(phases)
         row.bytes = case.operation.kif_bytes(problem, row.passes)
     row.note = contender.note
+    if row.syncs:
+        row.graph_note = f"no capture: the host reads {row.syncs} values"
+    elif contender.rebinds:
+        row.graph_note = "no capture: every step binds other tensors"
     return phases
 
 
@@ -254,9 +258,7 @@ def _time(row: Row, phases: list[Phase], machine: Machine, seconds: float) -> No
         return
     row.event_us = times.median
     row.host_us = host_times(machine, phases, seconds / 3).median
-    if row.syncs:
-        row.graph_note = f"no capture: the host reads {row.syncs} values"
-    else:
+    if not row.graph_note:
         in_graph, row.graph_note = graph_times(machine, phases, seconds)
         row.graph_us = in_graph.median if in_graph else None
 

@@ -39,6 +39,7 @@ class Released(Contender):
     name = "released"
     method = "released"
     about = "the operation sequence of the authors' release, tensor by tensor"
+    rebinds = True
 
     def setup(self) -> None:
         flat = {name: buffer for name, buffer in self.flat.items() if name != "grad"}

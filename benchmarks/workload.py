@@ -123,6 +123,8 @@ class Contender:
     """Fraction of elements that may fall on the other side of a threshold: scores differ by rounding."""
     countable = True
     """Whether its PyTorch operations can be counted one by one."""
+    rebinds = False
+    """Whether its buffers are other tensors after every step: a CUDA graph would go on with the first, freed ones."""
     rounds_only = False
     """Whether it differs from another contender in its rounds alone."""
     bytes_known = False

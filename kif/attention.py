@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 _MASKED = "_kif_masked"
@@ -32,29 +33,29 @@ def without_cudnn() -> Iterator[None]:
 
 @contextmanager
 def cudnn_where_safe() -> Iterator[None]:
-    """Within the block torch's attention, as transformers calls it, may be cuDNN's where its gradient is right.
+    """Within the block `torch.nn.functional.scaled_dot_product_attention` may be cuDNN's where its gradient is right.
 
-    That is without a mask, and with one where no number of queries or keys is 64 more than a multiple of 128
-    (`without_cudnn`). Not for rows that see nothing. cuDNN prepares for every shape when it first occurs: for passes of
+    That is without a mask, and with one but at numbers of keys of 64 more than a multiple of 128 (`without_cudnn`).
+    Not for rows that see nothing. cuDNN takes a tenth of a second for every shape when it first occurs: for passes of
     few shapes.
     """
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    attend: Any = F.scaled_dot_product_attention
 
-    attend: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-    def chosen(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-    ) -> Any:
+    def chosen(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Any:
+        # in which a position bias is already
+        mask = rest[0] if rest else options.get("attn_mask")
         before = torch.backends.cuda.cudnn_sdp_enabled()
-        widths = (query.size(2) % 128, key.size(2) % 128)
-        torch.backends.cuda.enable_cudnn_sdp(attention_mask is None or 64 not in widths)
+        torch.backends.cuda.enable_cudnn_sdp(mask is None or key.size(-2) % 128 != 64)
         try:
-            return attend(module, query, key, value, attention_mask, **options)
+            return attend(query, key, value, *rest, **options)
         finally:
             torch.backends.cuda.enable_cudnn_sdp(before)
 
-    with _registered(chosen, attend):
+    F.scaled_dot_product_attention = chosen
+    try:
         yield
+    finally:
+        F.scaled_dot_product_attention = attend
 
 
 @contextmanager
@@ -96,23 +97,14 @@ def _changed_masks(change: Callable[[Tensor, Tensor, Tensor], Tensor | None]) ->
                 options["is_causal"] = True
         return attend(module, query, key, value, attention_mask, **options)
 
-    with _registered(changed, attend):
-        yield
-
-
-@contextmanager
-def _registered(function: Callable[..., Any], before: Any) -> Iterator[None]:
-    """Within the block `function` is transformers' way to torch's attention, instead of `before`."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = function
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = changed
     try:
         yield
     finally:
         # what is registered for all must not stay hidden behind a copy
         del ALL_ATTENTION_FUNCTIONS["sdpa"]
-        if ALL_ATTENTION_FUNCTIONS["sdpa"] is not before:
-            ALL_ATTENTION_FUNCTIONS["sdpa"] = before
+        if ALL_ATTENTION_FUNCTIONS["sdpa"] is not attend:
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
 
 
 def _hides_what_follows(query: Tensor, key: Tensor, mask: Tensor) -> bool:

@@ -87,6 +87,12 @@ def launched(lm: LanguageModel, arena: ParameterArena, rows: list[Encoded]) -> t
     return loss.item() / count, arena.grad.clone()
 
 
+def wide(lm: LanguageModel, row: Encoded, width: int) -> Encoded:
+    """`row` such that a batch with it has so many tokens, a decoder's with the label."""
+    length = width - (len(row.target) if lm.family == "decoder" else 0)
+    return replace(row, input_ids=(row.input_ids * width)[:length])
+
+
 @given(st.integers(1, 4096), st.integers(1, 4096))
 def test_widths_are_few_and_little_is_added(width: int, limit: int) -> None:
     found = rounded_width(width, limit)
@@ -347,7 +353,7 @@ def test_attention_is_as_before_once_the_masks_are_back(owner: str, monkeypatch:
     if owner == "somebody":
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", lambda *_: None)
     before, local = ALL_ATTENTION_FUNCTIONS["sdpa"], dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
-    for block in (causal_masks_seen, without_causal_masks, cudnn_where_safe):
+    for block in (causal_masks_seen, without_causal_masks):
         with pytest.raises(KeyError), block():
             assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not before
             raise KeyError
@@ -369,43 +375,54 @@ def test_what_follows_is_hidden_whatever_the_caller_says_beside_its_mask() -> No
 @pytest.mark.parametrize("outside", [False, True])
 @pytest.mark.parametrize(
     ("queries", "keys", "masked", "allowed"),
-    [(64, 64, False, True), (64, 64, True, False), (8, 192, True, False), (64, 128, True, False), (8, 128, True, True)],
+    [(64, 64, False, True), (64, 64, True, False), (8, 192, True, False), (64, 128, True, True), (8, 72, True, True)],
 )
 def test_where_attention_may_be_cudnns(
     queries: int, keys: int, masked: bool, allowed: bool, outside: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     def attend(*args: Any, **options: Any) -> bool:
         return torch.backends.cuda.cudnn_sdp_enabled()
 
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", attend)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
     query, key = torch.zeros(1, 1, queries, 8), torch.zeros(1, 1, keys, 8)
     with nullcontext() if outside else without_cudnn(), cudnn_where_safe():
         mask = torch.zeros(queries, keys) if masked else None
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"](torch.nn.Module(), query, key, key, mask) == allowed
+        for found in (
+            F.scaled_dot_product_attention(query, key, key, mask, 0.0),
+            F.scaled_dot_product_attention(query, key, key, attn_mask=mask, is_causal=False),
+        ):
+            assert found == allowed
         assert torch.backends.cuda.cudnn_sdp_enabled() == outside
+    assert F.scaled_dot_product_attention is attend
 
 
 @pytest.mark.parametrize(
-    ("kind", "masked", "allowed"), [("t5", True, True), ("llama", False, True), ("llama", True, False)]
+    ("kind", "width", "allowed", "forbidden"),
+    [
+        ("t5", 72, {(72, 72), (8, 72), (8, 8)}, set()),
+        ("t5", 64, {(8, 8)}, {(64, 64), (8, 64)}),
+        ("llama", 64, {(64, 64)}, set()),
+        ("llama-masked", 72, set(), {(72, 72)}),
+    ],
 )
 def test_recorded_attention_may_be_cudnns(
-    kind: str, masked: bool, allowed: bool, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    kind: str, width: int, allowed: set[Any], forbidden: set[Any], folders: dict[str, Path], monkeypatch: Any
 ) -> None:
-    lm, arena, rows = load(kind, folders)
-    seen: set[bool] = set()
+    lm, arena, rows = load(kind.removesuffix("-masked"), folders)
+    seen: dict[bool, set[Any]] = {True: set(), False: set()}
     attend = F.scaled_dot_product_attention
 
-    def watched(*args: Any, **options: Any) -> Tensor:
-        seen.add(torch.backends.cuda.cudnn_sdp_enabled())
-        return attend(*args, **options)
+    def watched(query: Tensor, key: Tensor, *args: Any, **options: Any) -> Tensor:
+        seen[torch.backends.cuda.cudnn_sdp_enabled()].add((query.size(2), key.size(2)))
+        return attend(query, key, *args, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     steps = CapturedSteps(lm, arena, [4], rerun)
-    monkeypatch.setattr(steps, "_only_causal", lambda inputs: not masked)
-    steps.backward(rows[:4], lm.label_count(rows[:4]))
-    assert seen == {allowed} and torch.backends.cuda.cudnn_sdp_enabled()
+    # only what is recorded is watched; where windows slide there is a mask
+    monkeypatch.setattr(steps, "_only_causal", lambda inputs: kind == "llama")
+    batch = [wide(lm, rows[0], width), *[replace(rows[0], input_ids=rows[0].input_ids[:3])] * 3]
+    steps.backward(batch, lm.label_count(batch))
+    assert seen == {True: allowed, False: forbidden} and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -548,10 +565,8 @@ def test_gradients_of_recorded_attention_on_a_gpu(kind: str, width: int, folders
     if kind == "t5":
         # attention does not change, but cuDNN's gradients with a mask are NaN at some widths
         lm.base.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.data.sub_(128)
-    length = width if kind == "t5" else width - len(rows[0].target)
-    ids = (rows[0].input_ids * width)[:length]
     # and a row without labels
-    batch = [replace(rows[0], input_ids=ids[: length if i else 3]) for i in range(3)]
+    batch = [replace(rows[0], input_ids=rows[0].input_ids[:3]), *[wide(lm, rows[0], width)] * 2]
     with without_cudnn():
         loss, gradient = launched(lm, arena, batch)
     arena.zero_grad()
