@@ -1,4 +1,4 @@
-"""The base model's layers in fewer passes over memory: fused norms, liger-kernel's operations."""
+"""The base model's layers in fewer passes over memory and with less of it: norms, liger-kernel, 8-bit layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from kif.attention import contiguous_position_bias, mask_position_bias_once
 
@@ -17,12 +17,35 @@ from kif.attention import contiguous_position_bias, mask_position_bias_once
 def fit_layers(base: nn.Module, device: torch.device) -> None:
     """What every model gets that is to run on `device`.
 
-    `kif.attention.mask_position_bias_once`; on a GPU `fuse_norms` and `kif.attention.contiguous_position_bias`, too.
+    `kif.attention.mask_position_bias_once` and `forget_8bit_inputs`; on a GPU `fuse_norms` and
+    `kif.attention.contiguous_position_bias`, too.
     """
     mask_position_bias_once(base)
+    forget_8bit_inputs(base)
     if device.type == "cuda":
         fuse_norms(base)
         contiguous_position_bias(base)
+
+
+def forget_8bit_inputs(base: nn.Module) -> None:
+    """Have bitsandbytes' 8-bit layers keep no input for the backward pass.
+
+    It is there for the gradient of the weight, which a frozen layer has none of; the results are the same bits.
+    """
+    for module in base.modules():
+        if type(module).__name__ == "Linear8bitLt":
+            module.register_forward_hook(_forget_input)
+
+
+def _forget_input(module: Any, args: Any, output: Tensor) -> None:
+    if module.weight.requires_grad:
+        return
+    node: Any = output.grad_fn
+    # on a GPU and in evaluation; in training on a CPU
+    if type(node).__name__ == "MatMul8bitLtBackward":
+        node.tensors = (None, None, None)
+    elif type(node).__name__ == "MatMul8bitFpBackward":
+        node.A = None
 
 
 def fuse_norms(base: nn.Module) -> int:

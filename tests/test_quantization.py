@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import shutil
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from kif.arena import ParameterArena
 from kif.config import RunConfig
 from kif.export import export
+from kif.layers import forget_8bit_inputs
 from kif.models import load_language_model
 from kif.run import train
 
@@ -75,6 +77,39 @@ def test_what_is_quantised_and_that_gradients_arrive(folders: Folders, kind: str
     reference.backward()
     cosine = torch.nn.functional.cosine_similarity(own.grad, theirs.grad, dim=0)
     assert cosine > (0.98 if form == "int8" else 0.5)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("training", [False, True])
+def test_8_bit_layers_keep_no_input(training: bool) -> None:
+    """bitsandbytes does a GPU's way and a CPU's by different functions; on a CPU the former outside training."""
+    from bitsandbytes.nn import Linear8bitLt
+
+    torch.manual_seed(0)
+    weight, given = torch.randn(24, 16), torch.randn(2, 5, 16, dtype=torch.bfloat16)
+
+    def run(forget: bool) -> tuple[bool, torch.Tensor, torch.Tensor]:
+        layer = Linear8bitLt(16, 24, bias=False, has_fp16_weights=False, threshold=6.0)
+        layer.load_state_dict({"weight": weight})
+        layer.requires_grad_(False).to("cpu").train(training)
+        if forget:
+            forget_8bit_inputs(layer)
+        leaf = given.clone().requires_grad_()
+        # of a sum nothing is kept
+        x = leaf + 1
+        place = x.data_ptr()
+        result = layer(x)
+        del x
+        tensors = (each for each in gc.get_objects() if type(each) is torch.Tensor and not each.is_meta)
+        kept = any(each.numel() and each.data_ptr() == place for each in tensors)
+        result.sin().sum().backward()
+        assert leaf.grad is not None
+        return kept, result.detach(), leaf.grad
+
+    kept, result, gradient = run(forget=True)
+    usually, expected, expected_gradient = run(forget=False)
+    assert usually and not kept
+    assert result.equal(expected) and gradient.equal(expected_gradient) and gradient.abs().sum() > 0
 
 
 @needs_bitsandbytes
