@@ -6,16 +6,16 @@
 Contenders: `trainer`, LoRA replay by transformers' Trainer and PEFT; `per-tensor`, Recurrent-KIF by this package's loop
 with plain PyTorch, one tensor after the other; `kif`, the same with the arena and its fused operations, and `kif-` with
 parts, in this order: `checkpointing`, gradient checkpointing; `bf16`, the adapter's products in bf16 too
-(`adapter_precision`, for --precision bf16); `liger`, parts of layers by liger-kernel (`use_liger_kernel`); `compile`,
-layers by torch.compile, and `cudnn`, attention that may be cuDNN's, neither of which kif does; `graph`, forward and
-backward replayed as a CUDA graph (`cuda_graphs`), which counts as backward. All make the same number of optimizer steps
-on rows of the same lengths. What differs by design: this package computes logits where there are labels only, the
-Trainer at all places; T5's position bias is masked once; on a GPU norms are one operation (`kif.layers`), and the
-Trainer's attention may be cuDNN's (`kif.attention`). Weights are random, which does not matter for time. Each contender
-runs in a process of its own, in turn, so that its peak memory is its own; rounds of several --outer-steps M follow each
-other in it, and are in the result by names such as `kif M=4`. With --profile one round more of the first M is
-recorded. With --trajectory the losses of `per-tensor` and another contender on the same rows from the same weights are
-compared instead.
+(`adapter_precision`, for --precision bf16); `liger`, parts of layers by liger-kernel (`use_liger_kernel`); what kif
+does not do: `compile`, layers by torch.compile, `cudnn`, attention that may be cuDNN's everywhere, `own`, that is so
+nowhere; `graph`, forward and backward replayed as a CUDA graph (`cuda_graphs`), which counts as backward. All make the
+same number of optimizer steps on rows of the same lengths. What differs by design: this package computes logits where
+there are labels only, the Trainer at all places; T5's position bias is masked once; on a GPU norms are one operation
+(`kif.layers`), and the Trainer's attention may be cuDNN's (`kif.attention`). Weights are random, which does not matter
+for time. Each contender runs in a process of its own, in turn, so that its peak memory is its own; rounds of several
+--outer-steps M follow each other in it, and are in the result by names such as `kif M=4`. With --profile one round more
+of the first M is recorded. With --trajectory the losses of `per-tensor` and another contender on the same rows from the
+same weights are compared instead.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -54,7 +54,7 @@ from kif.models import checkpoint_layers
 from kif.timing import Stopwatch
 
 BASELINES = ("trainer", "per-tensor")
-PARTS = ("checkpointing", "bf16", "liger", "compile", "cudnn", "graph")
+PARTS = ("checkpointing", "bf16", "liger", "compile", "cudnn", "own", "graph")
 BOOKKEEPING = ("optimizer", "threshold", "fusion")
 PROFILED = 40
 """Kernels that a profile names."""
@@ -168,13 +168,15 @@ def train_round(
 
 @contextmanager
 def attention_of(name: str) -> Iterator[None]:
-    """Within the block attention is as contender `name` has it: the Trainer as its users do, kif without cuDNN."""
-    if "cudnn" in name.split("-"):
-        with patch.object(captured, "without_cudnn", nullcontext):
-            yield
-    else:
-        with nullcontext() if name == "trainer" else without_cudnn():
-            yield
+    """Within the block attention is as contender `name` has it: the Trainer as its users do, kif by its own rule."""
+    parts = name.split("-")
+    unlike = {"cudnn": "without_cudnn", "own": "cudnn_where_safe"}
+    with ExitStack() as stack:
+        if "cudnn" not in parts and name != "trainer":
+            stack.enter_context(without_cudnn())
+        for part in unlike.keys() & parts:
+            stack.enter_context(patch.object(captured, unlike[part], nullcontext))
+        yield
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -10,14 +10,16 @@ import subprocess
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import rerun
 
 from benchmarks import train_step
 from kif import captured
-from kif.attention import without_cudnn
+from kif.attention import cudnn_where_safe, without_cudnn
 from kif.captured import CapturedSteps
 from kif.decoder import DecoderModel
 from kif.families import Batch, Encoded, LanguageModel
@@ -139,18 +141,33 @@ def test_names_that_are_no_contenders(name: str, capsys: pytest.CaptureFixture[s
     )
 
 
-@pytest.mark.parametrize(("name", "launched", "recorded"), [("kif", False, False), ("kif-cudnn-graph", True, True)])
+@pytest.mark.parametrize(
+    ("name", "launched", "recorded", "safe"),
+    [
+        ("trainer", True, False, True),
+        ("kif-graph", False, False, True),
+        ("kif-cudnn-graph", True, True, True),
+        ("kif-own-graph", False, False, False),
+    ],
+)
 def test_whose_attention_may_be_cudnns(
-    name: str, launched: bool, recorded: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, launched: bool, recorded: bool, safe: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measured(options: argparse.Namespace) -> list[bool]:
-        outside = torch.backends.cuda.cudnn_sdp_enabled()
-        with captured.without_cudnn():
-            return [outside, torch.backends.cuda.cudnn_sdp_enabled()]
+    def attend(*args: Any, **options: Any) -> bool:
+        return torch.backends.cuda.cudnn_sdp_enabled()
 
+    def measured(options: argparse.Namespace) -> list[bool]:
+        found = [attend()]
+        with captured.without_cudnn():
+            found.append(attend())
+            with captured.cudnn_where_safe():
+                return [*found, F.scaled_dot_product_attention(*[torch.zeros(1, 1, 8, 8)] * 3)]  # type: ignore[list-item]
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
     monkeypatch.setattr(train_step, "_measure", measured)
-    assert train_step.measure(argparse.Namespace(only=name)) == [launched, recorded]
-    assert captured.without_cudnn is without_cudnn and torch.backends.cuda.cudnn_sdp_enabled()
+    assert train_step.measure(argparse.Namespace(only=name)) == [launched, recorded, safe]
+    assert captured.without_cudnn is without_cudnn and captured.cudnn_where_safe is cudnn_where_safe
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize("shortest", ["0", "9"])
