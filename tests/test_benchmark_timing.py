@@ -105,6 +105,7 @@ def test_rows_of_a_gpu_have_all_columns(gpu: Machine, monkeypatch: pytest.Monkey
     row = measure.measure(Case(OPERATIONS["round-m1"], CONTENDERS["released"], "tiny"), gpu, 0.001)
     assert row.status == "ok", row.reason
     assert row.graph_us is None and row.graph_note == f"no capture: the host reads {9 * row.tensors} values"
+    monkeypatch.setattr(CONTENDERS["released"], "fusion", lambda contender, *thresholds: work(1.0))
     row = measure.measure(Case(OPERATIONS["fusion"], CONTENDERS["released"], "tiny"), gpu, 0.001)
     assert row.status == "ok", row.reason
     assert row.graph_us is None and row.graph_note == "no capture: every step binds other tensors"
