@@ -158,12 +158,30 @@ def measure(model: str, form: str, device: str, rows: int, length: int) -> dict[
 
 
 def write_random(shape: str, folder: Path, device: torch.device) -> None:
-    """Write a model of random weights in bf16, and a tokenizer that knows as many words as the model has tokens."""
+    """Write a model of random weights in bf16, and a tokenizer that knows as many words as the model has tokens.
+
+    A file at a time: not all of the model has to fit into memory. Matrices are normal with deviation 0.02, all else 1.
+    """
     import transformers
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
     from tokenizers import Tokenizer, models
 
-    base = random_base(shape, device, torch.bfloat16, eos_token_id=1)
-    base.save_pretrained(folder)
+    base = random_base(shape, torch.device("meta"), torch.bfloat16, eos_token_id=1)
+    base.config.architectures = [type(base).__name__]
+    base.config.save_pretrained(folder)
+    # weights that are tied are named once
+    named = dict(base.named_parameters())
+    files = split_torch_state_dict_into_shards(named, max_shard_size="2GB")
+    for file, names in files.filename_to_tensors.items():
+        made = {name: torch.ones_like(named[name], device=device, requires_grad=False) for name in names}
+        for tensor in made.values():
+            if tensor.dim() > 1:
+                tensor.normal_(0.0, 0.02)
+        save_file(made, folder / file, {"format": "pt"})
+    index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
+    if files.is_sharded:
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     words = Tokenizer(models.WordLevel({f"<{i}>": i for i in range(base.config.vocab_size)}, unk_token="<2>"))
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<0>", eos_token="<1>", unk_token="<2>"
