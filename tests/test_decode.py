@@ -13,12 +13,15 @@ from benchmarks import decode, models
 
 @pytest.mark.parametrize("model", ["tiny-t5", "tiny-llama"])
 def test_both_caches_answer_and_both_ways_rank_alike(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    fitted: list[str] = []
+    monkeypatch.setattr(decode, "fit_layers", lambda base, device: fitted.append(device.type))
     target = tmp_path / "new" / "decode.json"
     options = ["--model", model, "--length", "8", "--batch", "2", "--tokens", "3", "--repeats", "1", "--device", "cpu"]
     assert decode.main([*options, "--json", str(target)]) == 0
     document = json.loads(target.read_text())
+    assert fitted == ["cpu"]
     assert set(document["ways"]) == set(decode.WAYS) and document["settings"]["tokens"] == 3
     for row in document["ways"].values():
         assert row["equal"] == 1.0 and row["one_ms"] > 0 and row["all_ms"] > 0 and row["first_ms"] > 0
