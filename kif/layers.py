@@ -33,7 +33,9 @@ def forget_8bit_inputs(base: nn.Module) -> None:
     It is there for the gradient of the weight, which a frozen layer has none of; the results are the same bits.
     """
     for module in base.modules():
-        if type(module).__name__ == "Linear8bitLt":
+        kind = type(module)
+        # PEFT's layers around them have the same name
+        if kind.__name__ == "Linear8bitLt" and kind.__module__.startswith("bitsandbytes"):
             module.register_forward_hook(_forget_input)
 
 
