@@ -45,6 +45,8 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 """Settings of RunConfig by the name in the table. What is not quantised is bf16."""
 
+FILE = "2GB"
+"""The most that one file of random weights holds."""
 TARGET = 8
 """Tokens of a label."""
 
@@ -172,7 +174,7 @@ def write_random(shape: str, folder: Path, device: torch.device) -> None:
     base.config.save_pretrained(folder)
     # weights that are tied are named once
     named = dict(base.named_parameters())
-    files = split_torch_state_dict_into_shards(named, max_shard_size="2GB")
+    files = split_torch_state_dict_into_shards(named, max_shard_size=FILE)
     for file, names in files.filename_to_tensors.items():
         made = {name: torch.ones_like(named[name], device=device, requires_grad=False) for name in names}
         for tensor in made.values():

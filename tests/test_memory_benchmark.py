@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from benchmarks import memory, models
 
@@ -73,3 +75,21 @@ def test_a_shape_of_random_weights(
     with pytest.raises(SystemExit):
         memory.main(["--shape", shape, "--model", "x", *options])
     assert "not allowed with argument" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("shape", "size", "files"), [("tiny-t5", "1GB", 1), ("tiny-llama", "1MB", 3)])
+def test_random_weights_are_written_a_file_at_a_time(
+    shape: str, size: str, files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "FILE", size)
+    memory.write_random(shape, tmp_path, torch.device("cpu"))
+    assert len(list(tmp_path.glob("*.safetensors"))) == files
+    auto = AutoModelForSeq2SeqLM if shape == "tiny-t5" else AutoModelForCausalLM
+    model, info = auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        if parameter.dim() == 1:
+            assert parameter.eq(1).all(), name
+        else:
+            assert parameter.float().std().item() == pytest.approx(0.02, rel=0.3), name
