@@ -409,6 +409,8 @@ def test_recorded_attention_may_be_cudnns(
     kind: str, width: int, allowed: set[Any], forbidden: set[Any], folders: dict[str, Path], monkeypatch: Any
 ) -> None:
     lm, arena, rows = load(kind.removesuffix("-masked"), folders)
+    if lm.base.config._attn_implementation != "sdpa":
+        pytest.skip("this version of transformers has no attention by torch for T5")
     seen: dict[bool, set[Any]] = {True: set(), False: set()}
     attend = F.scaled_dot_product_attention
 
