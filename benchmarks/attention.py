@@ -25,8 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 
-from benchmarks.machine import environment, write_json
-from benchmarks.train_step import synchronize
+from benchmarks.machine import environment, synchronize, write_json
 
 CASES = {"t5": (16, 64), "cross": (16, 64), "causal": (32, 128)}
 """Heads, and numbers of each: those of T5-large and LLaMA-2 7B."""

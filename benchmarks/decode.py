@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.machine import environment, write_json
+from benchmarks.machine import environment, synchronize, write_json
 from benchmarks.models import MODELS, build, rows_of
-from benchmarks.train_step import synchronize
 from kif.families import Encoded, LanguageModel
 from kif.layers import fit_layers
 

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in parts that take their time limits together and need no network:
+# Everything that needs a GPU, in parts, each with a limit to its time, and without a network:
 #
 #     benchmarks/gpu.sh OUT [DEVICE] [PART...]
 #
 # What a part measures is in OUT as soon as it is known: one that fails, or that its time is up for, costs no other.
 #
-# correctness: every kernel on the device against its plain definition (190 s at most), recorded passes and layers
-# against launched and plain ones. Nothing is timed, so that it can run beside `bases`.
+# correctness (190 s): every kernel on the device against its plain definition; where peft is installed, recorded passes
+# and layers against launched and plain ones. Nothing is timed, so that it can run beside `bases`.
 #
-# kernels: microbenchmarks, the regression gate (its self-test, and against a recorded result of the same GPU, torch and
-# triton), and where ncu runs what limits each kernel (490 s). Writes JSON, tables and the roofline plot. These two are
+# kernels (455 s): microbenchmarks, the regression gate (its self-test, and against a recorded result of the same GPU,
+# torch and triton), and where ncu runs what limits each kernel. Writes JSON, tables and the roofline plot. These two are
 # what runs by default. They need torch, triton, pytest and hypothesis; a plain checkout will do. The static contract
 # needs no GPU: python -m benchmarks.contract.
 #
@@ -22,7 +22,7 @@
 # lengths (165 s): T5-large and LLaMA-2 7B with rows of 64 to 512 tokens. short (180 s): T5-large with rows of 64, 128 and
 # 256 tokens, with torch's own attention (at 64 tokens always) and with cuDNN's.
 #
-# attention (50 s): torch's attention and cuDNN's by themselves, time and error.
+# attention (60 s): torch's attention and cuDNN's by themselves, time and error.
 #
 # bases (400 s): the memory that LLaMA-2 7B and 13B take in bf16, in 8 and in 4 bits, where bitsandbytes is installed;
 # writes 26 GB to TMPDIR for a while.
@@ -69,7 +69,7 @@ step() {
   case " ${failed[*]-} " in *" steps-$1 "*) ;; *) rm "$out/steps-$1.txt" ;; esac
 }
 
-has() { "$python" -c "import $1" 2>/dev/null; }
+has() { "$python" -c "import sys, importlib.util as u; sys.exit(u.find_spec('$1') is None)"; }
 
 tiny() { [ "$device" = cpu ]; }
 
@@ -78,9 +78,10 @@ both=("${real[@]}" --outer-steps 4 1)
 
 if ! tiny; then
   "$python" -c "import torch; assert torch.cuda.is_available(), 'torch finds no GPU'" || exit 1
-  llama=kif-bf16
-  has liger_kernel && llama=kif-bf16-liger
 fi
+
+# kif's best launched contender of a decoder
+decoder() { has liger_kernel && echo kif-bf16-liger || echo kif-bf16; }
 
 correctness() {
   if tiny; then
@@ -93,6 +94,7 @@ correctness() {
   # most of the time goes into compiling, which takes one core for each process
   has xdist && parallel=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
   stage correctness 120 "$python" -m pytest -v tests/kernel_tests "${parallel[@]}"
+  has peft || { echo "== paths: left out, peft is not installed" && return; }
   stage paths 70 "$python" -m pytest -v tests/test_captured.py tests/test_layers.py -k 'gpu or cuda'
 }
 
@@ -138,9 +140,11 @@ llama() {
     step llama 120 --model tiny-llama "${both[@]}" --length 32 --rounds 2 --contenders trainer kif-bf16-cudnn
     return
   fi
+  local best
+  best=$(decoder)
   step llama2-7b 270 --model llama2-7b "${both[@]}" --rounds 2 --profile \
-    --contenders trainer $llama $llama-cudnn $llama-graph per-tensor
-  step llama2-13b 160 --model llama2-13b "${both[@]}" --batch 4 --rounds 2 --contenders trainer $llama-graph per-tensor
+    --contenders trainer $best $best-cudnn $best-graph per-tensor
+  step llama2-13b 160 --model llama2-13b "${both[@]}" --batch 4 --rounds 2 --contenders trainer $best-graph per-tensor
 }
 
 lengths() {
@@ -148,7 +152,7 @@ lengths() {
     step lengths 120 --model tiny-llama "${real[@]}" --length 32 --shortest 8 --rounds 2 --contenders kif-bf16
     return
   fi
-  step llama2-7b-lengths 90 --model llama2-7b "${real[@]}" --shortest 64 --rounds 2 --contenders $llama-graph trainer
+  step llama2-7b-lengths 90 --model llama2-7b "${real[@]}" --shortest 64 --rounds 2 --contenders "$(decoder)-graph" trainer
   step t5-large-lengths 75 --model t5-large "${real[@]}" --shortest 64 --contenders kif-bf16-graph trainer
 }
 
@@ -165,7 +169,7 @@ short() {
 attention() {
   local options=()
   tiny && options=(--device cpu --rows 2 --widths 64 72 --seconds 0.05)
-  lines=34 stage attention 60 "$python" -m benchmarks.attention "${options[@]}" --json "$out/attention.json"
+  lines=49 stage attention 60 "$python" -m benchmarks.attention "${options[@]}" --json "$out/attention.json"
 }
 
 bases() {

@@ -144,6 +144,12 @@ def environment(device: torch.device) -> dict[str, Any]:
     return env
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Write a result, in folders that may be new."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import _version, environment
+from benchmarks.machine import _version, environment, write_json
 from benchmarks.models import MODELS, random_base
 from kif.config import KIFConfig, RunConfig
 from kif.engine import RecurrentKIF
@@ -176,14 +176,14 @@ def write_random(shape: str, folder: Path, device: torch.device) -> None:
     named = dict(base.named_parameters())
     files = split_torch_state_dict_into_shards(named, max_shard_size=FILE)
     for file, names in files.filename_to_tensors.items():
-        made = {name: torch.ones_like(named[name], device=device, requires_grad=False) for name in names}
+        made = {name: torch.ones_like(named[name], device=device) for name in names}
         for tensor in made.values():
             if tensor.dim() > 1:
                 tensor.normal_(0.0, 0.02)
         save_file(made, folder / file, {"format": "pt"})
-    index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
     if files.is_sharded:
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
     words = Tokenizer(models.WordLevel({f"<{i}>": i for i in range(base.config.vocab_size)}, unk_token="<2>"))
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<0>", eos_token="<1>", unk_token="<2>"
@@ -241,7 +241,7 @@ def _in_turn(args: argparse.Namespace) -> int:
             "length": args.length,
             "results": results,
         }
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, content)
     return 0
 
 

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines import PerTensorKthvalue
-from benchmarks.machine import environment, write_json
+from benchmarks.machine import environment, synchronize, write_json
 from benchmarks.models import MODELS, TARGET, build, rows_of
 from benchmarks.workload import LR, MOMENTS, Problem
 from kif import captured
@@ -169,13 +169,14 @@ def train_round(
 @contextmanager
 def attention_of(name: str) -> Iterator[None]:
     """Within the block attention is as contender `name` has it: the Trainer as its users do, kif by its own rule."""
-    parts = name.split("-")
-    unlike = {"cudnn": "without_cudnn", "own": "cudnn_where_safe"}
+    parts = set(name.split("-"))
     with ExitStack() as stack:
-        if "cudnn" not in parts and name != "trainer":
+        if "cudnn" in parts:
+            stack.enter_context(patch.object(captured, "without_cudnn", nullcontext))
+        elif name != "trainer":
             stack.enter_context(without_cudnn())
-        for part in unlike.keys() & parts:
-            stack.enter_context(patch.object(captured, unlike[part], nullcontext))
+        if parts & {"cudnn", "own"}:
+            stack.enter_context(patch.object(captured, "cudnn_where_safe", nullcontext))
         yield
 
 
@@ -460,12 +461,6 @@ def _merged(results: list[dict[str, Any]]) -> dict[str, Any]:
     median = statistics.median(rounds)
     rate = middle["tokens_per_second"] * middle["median_ms"] / median
     return {**middle, "round_ms": rounds, "median_ms": median, "tokens_per_second": rate}
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _peak(device: torch.device) -> int:

@@ -16,15 +16,19 @@ _MASKED = "_kif_masked"
 """Attribute of a position bias that has the mask in it."""
 
 
-@contextmanager
-def without_cudnn() -> Iterator[None]:
+def without_cudnn() -> AbstractContextManager[None]:
     """Within the block torch's attention takes another of its implementations on a GPU.
 
     From torch 2.11 on, cuDNN's is the default for bf16 on an H100 or H200. With a mask and at every other multiple of
     64 tokens its gradients are NaN for rows of very low scores, such as padding on the left (pytorch issue 196678).
     """
+    return _cudnn(False)
+
+
+@contextmanager
+def _cudnn(allowed: bool) -> Iterator[None]:
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(allowed)
     try:
         yield
     finally:
@@ -44,12 +48,8 @@ def cudnn_where_safe() -> Iterator[None]:
     def chosen(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Any:
         # in which a position bias is already
         mask = rest[0] if rest else options.get("attn_mask")
-        before = torch.backends.cuda.cudnn_sdp_enabled()
-        torch.backends.cuda.enable_cudnn_sdp(mask is None or key.size(-2) % 128 != 64)
-        try:
+        with _cudnn(mask is None or key.size(-2) % 128 != 64):
             return attend(query, key, value, *rest, **options)
-        finally:
-            torch.backends.cuda.enable_cudnn_sdp(before)
 
     F.scaled_dot_product_attention = chosen
     try:

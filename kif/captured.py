@@ -83,10 +83,10 @@ class CapturedSteps:
         count = torch.ones((), device=device)
         gradient = self.arena.grad.clone()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            unmasked = without_causal_masks if self._only_causal(inputs) else nullcontext
+            only_causal = self._only_causal(inputs)
+            unmasked = without_causal_masks if only_causal else nullcontext
             # padding in front of a decoder's prompt sees nothing
-            masked_decoder = self.lm.family == "decoder" and unmasked is nullcontext
-            chosen = nullcontext if masked_decoder else cudnn_where_safe
+            chosen = cudnn_where_safe if only_causal or self.lm.family != "decoder" else nullcontext
 
             def run() -> Tensor:
                 # the backward pass takes the implementation that the forward pass took

@@ -142,30 +142,33 @@ def test_names_that_are_no_contenders(name: str, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(
-    ("name", "launched", "recorded", "safe"),
+    ("name", "launched", "recorded", "safe", "unsafe"),
     [
-        ("trainer", True, False, True),
-        ("kif-graph", False, False, True),
-        ("kif-cudnn-graph", True, True, True),
-        ("kif-own-graph", False, False, False),
+        ("trainer", True, False, True, False),
+        ("kif-graph", False, False, True, False),
+        ("kif-cudnn-graph", True, True, True, True),
+        ("kif-own-graph", False, False, False, False),
     ],
 )
 def test_whose_attention_may_be_cudnns(
-    name: str, launched: bool, recorded: bool, safe: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, launched: bool, recorded: bool, safe: bool, unsafe: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def attend(*args: Any, **options: Any) -> bool:
         return torch.backends.cuda.cudnn_sdp_enabled()
 
-    def measured(options: argparse.Namespace) -> list[bool]:
-        found = [attend()]
+    def measured(options: argparse.Namespace) -> list[Any]:
+        found: list[Any] = [attend()]
         with captured.without_cudnn():
             found.append(attend())
             with captured.cudnn_where_safe():
-                return [*found, F.scaled_dot_product_attention(*[torch.zeros(1, 1, 8, 8)] * 3)]  # type: ignore[list-item]
+                for width in (8, 64):
+                    x = torch.zeros(1, 1, width, 8)
+                    found.append(F.scaled_dot_product_attention(x, x, x, torch.zeros(width, width)))
+        return found
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
     monkeypatch.setattr(train_step, "_measure", measured)
-    assert train_step.measure(argparse.Namespace(only=name)) == [launched, recorded, safe]
+    assert train_step.measure(argparse.Namespace(only=name)) == [launched, recorded, safe, unsafe]
     assert captured.without_cudnn is without_cudnn and captured.cudnn_where_safe is cudnn_where_safe
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
