@@ -1,4 +1,4 @@
-"""torch's attention, forward and backward, by its own kernels and by cuDNN's: time, and error against float64.
+"""torch's attention, forward and backward, by its own kernels and by cuDNN's: time, error against float64, dropout.
 
     python -m benchmarks.attention --json FILE
 
@@ -6,8 +6,9 @@ Three cases, in bf16: `t5`, scores as they are, plus a position bias in which pa
 here (`kif.attention.mask_position_bias_once`), with its dropout where time is measured; `cross`, the same of 64 tokens
 over as many as there are, as of a long label in T5's decoder; `causal`, without a mask, as decoders have it. `low` is
 added to all scores: attention does not depend on it, but from -89 on what takes exp of minus a row's log-sum overflows
-(pytorch issue 196678: cuDNN's gradient with a mask, at widths of 64 more than a multiple of 128). On a CPU the plain
-implementation stands for cuDNN's.
+(pytorch issue 196678: cuDNN's gradient with a mask, at widths of 64 more than a multiple of 128). `kept` is the mean of
+the result where all values are 1, which is 1 unless dropout is of another share than asked for (pytorch pull request
+174245: cuDNN's has sixteenths). On a CPU the plain implementation stands for cuDNN's.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ CASES = {"t5": (16, 64), "cross": (16, 64), "causal": (32, 128)}
 """Heads, and numbers of each: those of T5-large and LLaMA-2 7B."""
 LABEL = 64
 """Queries of `cross`."""
+DROPOUT = 0.1
+"""T5's."""
 WIDTHS = (64, 72, 128, 192, 320, 448, 512, 520)
 OWN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
@@ -68,6 +71,13 @@ def passes(tensors: Sequence[Tensor], options: dict[str, Any]) -> list[Tensor]:
     return [result.detach(), *torch.autograd.grad(result, leaves, gradient)]
 
 
+def kept(tensors: Sequence[Tensor], options: dict[str, Any]) -> float:
+    """The mean of what is left of each row's attention, and scaled up, by dropout."""
+    query, key, value, _ = tensors
+    result = F.scaled_dot_product_attention(query, key, torch.ones_like(value), **options)
+    return result.mean(dtype=torch.float64).item()
+
+
 def errors(found: Sequence[Tensor], exact: Sequence[Tensor]) -> dict[str, float]:
     """The largest error of each tensor, as a share of the largest exact number; NaN where a number is none."""
     names = ("result", "query", "key", "value")
@@ -83,7 +93,7 @@ def measure(case: str, rows: int, width: int, low: float, device: torch.device, 
     double = {name: x.double() if isinstance(x, Tensor) else x for name, x in options.items()}
     with sdpa_kernel(SDPBackend.MATH):
         exact = passes([tensor.double() for tensor in tensors], double)
-    timed = {**options, "dropout_p": 0.0 if case == "causal" else 0.1}
+    timed = {**options, "dropout_p": 0.0 if case == "causal" else DROPOUT}
     ways = {"own": OWN, "cudnn": [SDPBackend.CUDNN_ATTENTION]}
     if device.type == "cpu":
         # its own kernels have no dropout there
@@ -100,7 +110,7 @@ def measure(case: str, rows: int, width: int, low: float, device: torch.device, 
                 error = errors(first, exact)
                 timer = Timer("passes(tensors, timed)", globals={"passes": passes, "tensors": tensors, "timed": timed})
                 ms = timer.blocked_autorange(min_run_time=seconds).median * 1e3
-                found[name] = {"error": error, "first_ms": first_ms, "ms": ms}
+                found[name] = {"error": error, "first_ms": first_ms, "ms": ms, "kept": kept(tensors, timed)}
         except RuntimeError as refusal:
             found[name] = {"refused": str(refusal)}
     return found
@@ -139,7 +149,9 @@ def line(found: dict[str, Any]) -> str:
             text += f"   {name} refused"
         else:
             worst = max(way["error"].values(), key=lambda error: (isnan(error), error))
-            text += f"   {name} {way['ms']:9.3f} ms, first {way['first_ms']:.0f}, error {worst:.1e}"
+            text += (
+                f"   {name} {way['ms']:9.3f} ms, first {way['first_ms']:.0f}, error {worst:.1e}, kept {way['kept']:.4f}"
+            )
     return text
 
 

@@ -14,15 +14,15 @@
 # needs no GPU: python -m benchmarks.contract.
 #
 # t5 (400 s): rounds of training (benchmarks.train_step) with M = 4 and M = 1 at the shapes of T5-large and FLAN-T5-XL by
-# transformers' Trainer, by kif with bookkeeping tensor by tensor, with recorded passes, also without cuDNN's attention.
-# Needs transformers and peft, the Trainer accelerate too. Everywhere dropout is that of Appendix D but for the trajectory.
+# transformers' Trainer, by kif with bookkeeping tensor by tensor, and with recorded passes. Needs transformers and peft,
+# the Trainer accelerate too. Everywhere dropout is that of Appendix D but for the trajectory.
 #
-# llama (430 s): the same for LLaMA-2 7B, and 13B with 4 rows, with liger-kernel where it is installed.
+# llama (460 s): the same for LLaMA-2 7B, and 13B with 4 rows, with liger-kernel where it is installed; 7B also launched
+# with cuDNN's attention and recorded without it.
 #
-# lengths (165 s): T5-large and LLaMA-2 7B with rows of 64 to 512 tokens. short (180 s): T5-large with rows of 64, 128 and
-# 256 tokens, with torch's own attention (at 64 tokens always) and with cuDNN's.
+# lengths (165 s): T5-large and LLaMA-2 7B with rows of 64 to 512 tokens.
 #
-# attention (60 s): torch's attention and cuDNN's by themselves, time and error.
+# attention (60 s): torch's attention and cuDNN's by themselves, time, error and dropout.
 #
 # bases (400 s): the memory that LLaMA-2 7B and 13B take in bf16, in 8 and in 4 bits, where bitsandbytes is installed;
 # writes 26 GB to TMPDIR for a while.
@@ -39,7 +39,7 @@ parts=("${@:3}")
 [ ${#parts[@]} -gt 0 ] || parts=(correctness kernels)
 for part in "${parts[@]}"; do
   case $part in
-    correctness | kernels | t5 | llama | lengths | short | attention | bases | decode | trajectory) ;;
+    correctness | kernels | t5 | llama | lengths | attention | bases | decode | trajectory) ;;
     *) echo "there is no part $part" >&2 && exit 2 ;;
   esac
 done
@@ -131,7 +131,7 @@ t5() {
     return
   fi
   step t5-large 210 --model t5-large "${both[@]}" --profile \
-    --contenders trainer kif-bf16-graph kif-bf16-own-graph per-tensor
+    --contenders trainer kif-bf16-graph per-tensor
   step flan-t5-xl 190 --model flan-t5-xl "${both[@]}" --rounds 2 --contenders trainer kif-bf16-graph per-tensor
 }
 
@@ -142,8 +142,8 @@ llama() {
   fi
   local best
   best=$(decoder)
-  step llama2-7b 270 --model llama2-7b "${both[@]}" --rounds 2 --profile \
-    --contenders trainer $best $best-cudnn $best-graph per-tensor
+  step llama2-7b 300 --model llama2-7b "${both[@]}" --rounds 2 --profile \
+    --contenders trainer $best $best-cudnn $best-graph $best-own-graph per-tensor
   step llama2-13b 160 --model llama2-13b "${both[@]}" --batch 4 --rounds 2 --contenders trainer $best-graph per-tensor
 }
 
@@ -154,16 +154,6 @@ lengths() {
   fi
   step llama2-7b-lengths 90 --model llama2-7b "${real[@]}" --shortest 64 --rounds 2 --contenders "$(decoder)-graph" trainer
   step t5-large-lengths 75 --model t5-large "${real[@]}" --shortest 64 --contenders kif-bf16-graph trainer
-}
-
-short() {
-  if tiny; then
-    step short 60 --model tiny-t5 "${real[@]}" --length 8 --rounds 1 --contenders kif-bf16-own
-    return
-  fi
-  for length in 64 128 256; do
-    step t5-large-$length 60 --model t5-large "${real[@]}" --length $length --contenders kif-bf16-graph kif-bf16-own-graph
-  done
 }
 
 attention() {

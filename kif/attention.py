@@ -15,12 +15,17 @@ from torch import Tensor, nn
 _MASKED = "_kif_masked"
 """Attribute of a position bias that has the mask in it."""
 
+_CUDNN = 91900
+"""The oldest cuDNN whose attention was measured here; up to 9.15 recording it failed at some widths (pytorch pull
+request 167101)."""
+
 
 def without_cudnn() -> AbstractContextManager[None]:
     """Within the block torch's attention takes another of its implementations on a GPU.
 
-    From torch 2.11 on, cuDNN's is the default for bf16 on an H100 or H200. With a mask and at every other multiple of
-    64 tokens its gradients are NaN for rows of very low scores, such as padding on the left (pytorch issue 196678).
+    torch 2.11, say, prefers cuDNN's for bf16 on an H100 or H200. With a mask and at every other multiple of 64 tokens
+    its gradients are NaN for rows of very low scores, such as padding on the left (pytorch issue 196678); for what else
+    is wrong with it see `cudnn_where_safe`.
     """
     return _cudnn(False)
 
@@ -39,23 +44,42 @@ def _cudnn(allowed: bool) -> Iterator[None]:
 def cudnn_where_safe() -> Iterator[None]:
     """Within the block `torch.nn.functional.scaled_dot_product_attention` may be cuDNN's where its gradient is right.
 
-    That is without a mask, and with one but at numbers of keys of 64 more than a multiple of 128 (`without_cudnn`).
-    Not for rows that see nothing. cuDNN takes a tenth of a second for every shape when it first occurs: for passes of
-    few shapes.
+    That is, by cuDNN 9.19 or newer, with as many queries as keys, at least 64, and
+
+    - without a mask, or with one but at numbers of keys of 64 more than a multiple of 128 (`without_cudnn`);
+    - without dropout, or of a multiple of 1/16, to which it is rounded (pytorch pull request 174245), which T5's 0.1 is
+      not.
+
+    Few queries have NaN gradients over a multiple of 128 keys when scores are very low (cudnn-frontend issue 1072). Not
+    for rows that see nothing. cuDNN takes a tenth of a second for every shape when it first occurs: for passes of few
+    shapes.
     """
     attend: Any = F.scaled_dot_product_attention
 
-    def chosen(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Any:
-        # in which a position bias is already
-        mask = rest[0] if rest else options.get("attn_mask")
-        with _cudnn(mask is None or key.size(-2) % 128 != 64):
-            return attend(query, key, value, *rest, **options)
+    def chosen(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        *rest: Any,
+        **options: Any,
+    ) -> Any:
+        # a position bias is in the mask already
+        with _cudnn(_is_safe(query.size(-2), key.size(-2), attn_mask is not None, dropout_p)):
+            return attend(query, key, value, attn_mask, dropout_p, *rest, **options)
 
     F.scaled_dot_product_attention = chosen
     try:
         yield
     finally:
         F.scaled_dot_product_attention = attend
+
+
+def _is_safe(queries: int, keys: int, masked: bool, dropout: float) -> bool:
+    if (torch.backends.cudnn.version() or 0) < _CUDNN or not queries == keys >= 64:
+        return False
+    return not (masked and keys % 128 == 64) and dropout * 16 % 1 == 0
 
 
 @contextmanager

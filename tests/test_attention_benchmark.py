@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,22 @@ def test_cases_are_measured_and_right(tmp_path: Path, capsys: pytest.CaptureFixt
                 and set(row[way]["error"]) == {"result", "query", "key", "value"}
             )
             assert all(0 < error < 0.03 for error in row[way]["error"].values())
+            assert row[way]["kept"] == pytest.approx(1, abs=0.05)
     assert len(capsys.readouterr().out.splitlines()) == len(found)
+
+
+@pytest.mark.parametrize(("dropped", "expected"), [(0.1, 1.0), (0.125, 0.875 / 0.9), (0.0625, 0.9375 / 0.9)])
+def test_another_share_of_dropout_shows(dropped: float, expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = F.scaled_dot_product_attention
+
+    def rounding(*args: torch.Tensor, dropout_p: float, **options: Any) -> torch.Tensor:
+        # scaled up as for the share that was asked for
+        return attend(*args, dropout_p=dropped, **options) * (1 - dropped) / (1 - dropout_p)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", rounding)
+    torch.manual_seed(0)
+    tensors, options = attention.inputs("t5", 8, 64, 0.0, CPU)
+    assert attention.kept(tensors, {**options, "dropout_p": 0.1}) == pytest.approx(expected, abs=0.005)
 
 
 @pytest.mark.parametrize("case", list(attention.CASES))

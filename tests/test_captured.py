@@ -374,43 +374,76 @@ def test_what_follows_is_hidden_whatever_the_caller_says_beside_its_mask() -> No
 
 @pytest.mark.parametrize("outside", [False, True])
 @pytest.mark.parametrize(
-    ("queries", "keys", "masked", "allowed"),
-    [(64, 64, False, True), (64, 64, True, False), (8, 192, True, False), (64, 128, True, True), (8, 72, True, True)],
+    ("queries", "keys", "masked", "dropout", "version", "allowed"),
+    [
+        (64, 64, False, 0, 91900, True),
+        (64, 64, True, 0.0, 91900, False),
+        (72, 72, True, 0.0, 91900, True),
+        (128, 128, True, 0.0, 92000, True),
+        (128, 128, True, 0.0, 91500, False),
+        (128, 128, False, 0.0, None, False),
+        (192, 192, True, 0.0, 91900, False),
+        (128, 128, True, 0.125, 91900, True),
+        (128, 128, True, 0.1, 91900, False),
+        (8, 128, True, 0.0, 91900, False),
+        (8, 128, False, 0.0, 91900, False),
+        (128, 192, False, 0.0, 91900, False),
+        (56, 56, False, 0.0, 91900, False),
+    ],
 )
 def test_where_attention_may_be_cudnns(
-    queries: int, keys: int, masked: bool, allowed: bool, outside: bool, monkeypatch: pytest.MonkeyPatch
+    queries: int,
+    keys: int,
+    masked: bool,
+    dropout: float,
+    version: int | None,
+    allowed: bool,
+    outside: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def attend(*args: Any, **options: Any) -> bool:
-        return torch.backends.cuda.cudnn_sdp_enabled()
+    def attend(*args: Any, **options: Any) -> tuple[bool, int, Any]:
+        return torch.backends.cuda.cudnn_sdp_enabled(), len(args), options
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
     query, key = torch.zeros(1, 1, queries, 8), torch.zeros(1, 1, keys, 8)
     with nullcontext() if outside else without_cudnn(), cudnn_where_safe():
         mask = torch.zeros(queries, keys) if masked else None
-        for found in (
-            F.scaled_dot_product_attention(query, key, key, mask, 0.0),
-            F.scaled_dot_product_attention(query, key, key, attn_mask=mask, is_causal=False),
-        ):
-            assert found == allowed
+        found = F.scaled_dot_product_attention(query, key, key, mask, dropout, False, scale=1.0)
+        assert found == (allowed, 6, {"scale": 1.0})
+        options: Any = {"attn_mask": mask, "dropout_p": dropout, "is_causal": False}
+        found = F.scaled_dot_product_attention(query, key, key, **options)
+        assert found == (allowed, 5, {"is_causal": False})
         assert torch.backends.cuda.cudnn_sdp_enabled() == outside
     assert F.scaled_dot_product_attention is attend
 
 
 @pytest.mark.parametrize(
-    ("kind", "width", "allowed", "forbidden"),
+    ("kind", "width", "dropout", "allowed", "forbidden"),
     [
-        ("t5", 72, {(72, 72), (8, 72), (8, 8)}, set()),
-        ("t5", 64, {(8, 8)}, {(64, 64), (8, 64)}),
-        ("llama", 64, {(64, 64)}, set()),
-        ("llama-masked", 72, set(), {(72, 72)}),
+        ("t5", 72, 0.0, {(72, 72)}, {(8, 72), (8, 8)}),
+        ("t5", 64, 0.0, set(), {(64, 64), (8, 64), (8, 8)}),
+        ("t5", 72, 0.1, set(), {(72, 72), (8, 72), (8, 8)}),
+        ("llama", 64, 0.0, {(64, 64)}, set()),
+        ("llama-masked", 72, 0.0, set(), {(72, 72)}),
     ],
 )
 def test_recorded_attention_may_be_cudnns(
-    kind: str, width: int, allowed: set[Any], forbidden: set[Any], folders: dict[str, Path], monkeypatch: Any
+    kind: str,
+    width: int,
+    dropout: float,
+    allowed: set[Any],
+    forbidden: set[Any],
+    folders: dict[str, Path],
+    monkeypatch: Any,
 ) -> None:
     lm, arena, rows = load(kind.removesuffix("-masked"), folders)
     if lm.base.config._attn_implementation != "sdpa":
         pytest.skip("this version of transformers has no attention by torch for T5")
+    for module in lm.base.modules():
+        # of T5's attention
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = dropout
     seen: dict[bool, set[Any]] = {True: set(), False: set()}
     attend = F.scaled_dot_product_attention
 
@@ -419,6 +452,7 @@ def test_recorded_attention_may_be_cudnns(
         return attend(query, key, *args, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
     steps = CapturedSteps(lm, arena, [4], rerun)
     # only what is recorded is watched; where windows slide there is a mask
     monkeypatch.setattr(steps, "_only_causal", lambda inputs: kind == "llama")
@@ -578,8 +612,9 @@ def test_gradients_of_recorded_attention_on_a_gpu(kind: str, width: int, folders
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         steps.backward(batch, lm.label_count(batch))
         torch.cuda.synchronize()
-    if torch.cuda.get_device_capability() >= (9, 0) and torch.__version__ >= "2.11":
-        assert any("cudnn" in event.key for event in profiler.key_averages())
+    if torch.cuda.get_device_capability() >= (9, 0) and (torch.backends.cudnn.version() or 0) >= 91900:
+        expected = kind == "llama" or width % 128 != 64
+        assert any("cudnn" in event.key for event in profiler.key_averages()) == expected
 
 
 @needs_gpu
@@ -590,11 +625,12 @@ def test_replays_on_a_gpu_draw_new_dropout_that_a_seed_fixes(precision: Any, fol
     lm, arena, rows = load("t5", folders, device="cuda", lora_dropout=0.5 - own, precision=precision)
     for block in lm.base.encoder.block:
         block.layer[0].SelfAttention.dropout = own
+    batch = [wide(lm, rows[0], 72), *rows[1:4]]
 
     def three() -> list[float]:
         captured = CapturedSteps(lm, arena, [4])
         torch.manual_seed(3)
-        return [captured.backward(rows[:4], 1).item() for _ in range(3)]
+        return [captured.backward(batch, 1).item() for _ in range(3)]
 
     first = three()
     assert len(set(first)) == 3 and first == three()
