@@ -137,6 +137,24 @@ def test_an_evaluation_leaves_the_gradient_as_it_was(folders: Folders, form: str
 
 
 @needs_bitsandbytes
+@pytest.mark.parametrize("form", FORMS)
+def test_gradient_checkpointing_changes_no_gradient(folders: Folders, form: str) -> None:
+    found = []
+    for wanted in (False, True):
+        torch.manual_seed(0)
+        lm = load(folders["llama"], quantization=form, gradient_checkpointing=wanted, lora_dropout=0.0)
+        arena = ParameterArena.of(lm.model)
+        lm.model.train()
+        layers: list[bool] = []
+        lm.base.model.layers[0].mlp.register_forward_pre_hook(lambda *given: layers.append(True))  # noqa: B023
+        for _ in range(2):
+            loss_of(lm).backward()
+        assert len(layers) == (4 if wanted else 2)
+        found.append(arena.grad.clone())
+    assert found[0].any() and torch.equal(*found)
+
+
+@needs_bitsandbytes
 @pytest.mark.parametrize("name", ["recurrent-kif", "olora", "moelora", "sapt", "migu", "l2p", "vr-mcl"])
 def test_methods_train_the_adapter_alone(folders: Folders, name: str) -> None:
     method, rows = start(folders, name, "llama", quantization="nf4")
