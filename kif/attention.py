@@ -56,18 +56,12 @@ def cudnn_where_safe() -> Iterator[None]:
     """
     attend: Any = F.scaled_dot_product_attention
 
-    def chosen(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        *rest: Any,
-        **options: Any,
-    ) -> Any:
-        # a position bias is in the mask already
-        with _cudnn(_is_safe(query.size(-2), key.size(-2), attn_mask is not None, dropout_p)):
-            return attend(query, key, value, attn_mask, dropout_p, *rest, **options)
+    def chosen(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Any:
+        # in which a position bias is already
+        mask = rest[0] if rest else options.get("attn_mask")
+        dropout = rest[1] if len(rest) > 1 else options.get("dropout_p", 0.0)
+        with _cudnn(_is_safe(query.size(-2), key.size(-2), mask is not None, dropout)):
+            return attend(query, key, value, *rest, **options)
 
     F.scaled_dot_product_attention = chosen
     try:

@@ -135,7 +135,17 @@ def test_commands_and_options_exist() -> None:
 def test_options_in_running_text_exist() -> None:
     everything = "".join(help_of([command]) for command in COMMANDS) + help_of(["memory", "drop"])
     everything += help_of(["memory", "show"])
-    others = {"--from", "--accept", "--help", "--strict", "--report_to", "--json", "--compare", "--fail"}
+    others = {
+        "--from",
+        "--accept",
+        "--help",
+        "--strict",
+        "--report_to",
+        "--json",
+        "--compare",
+        "--fail",
+        "--comparison",
+    }
     for page in PAGES:
         for option in re.findall(r"`(--[\w.-]+)", page.read_text(encoding="utf-8")):
             assert option in others or re.search(rf"{re.escape(option)}\b", everything), f"{page.name}: {option}"
