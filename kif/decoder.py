@@ -41,12 +41,8 @@ class DecoderModel(GenerativeModel):
             return before, text, after.rstrip(" ")
         return before, text.rstrip(" "), after
 
-    def _tokenize_prompts(
-        self, task: Task, prompts: Sequence[tuple[str, str, str]]
-    ) -> list[tuple[tuple[int, ...], bool]]:
-        eos = self.tokenizer.eos_token_id
-        rows = super()._tokenize_prompts(task, prompts)
-        return [(ids[:-1] if ids[-1] == eos else ids, truncated) for ids, truncated in rows]
+    def _without_end(self, ids: list[int]) -> list[int]:
+        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def _targets(self, task: Task, labels: Sequence[str]) -> list[tuple[int, ...]]:
         # the template's words after its last placeholder; a colon stands in where there are none

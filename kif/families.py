@@ -100,8 +100,8 @@ class LanguageModel(ABC):
 
         A prompt above `max_length` loses the end of its input text, so that instruction and template stay whole.
 
-        Raises: ValueError if instruction and template alone exceed `max_length`, and for tokens that the model does not
-            know; encoders: for a task without a label list and for labels outside it.
+        Raises: ValueError if instruction and template alone exceed `max_length`, for a prompt without tokens and for
+            tokens that the model does not know; encoders: for a task without a label list and for labels outside it.
         """
         if not examples:
             return []
@@ -219,8 +219,18 @@ class LanguageModel(ABC):
                         f"instruction and template"
                     )
                 ids = shorter
+            ids = self._without_end(ids)
+            if not ids:
+                raise ValueError(
+                    f"task {task.name!r}: the prompt {''.join(prompts[i])!r} has no tokens: give it a text, in its row "
+                    "or in the template"
+                )
             result.append((tuple(ids), surplus > 0))
         return result
+
+    def _without_end(self, ids: list[int]) -> list[int]:
+        """A prompt's ids without what the tokenizer puts behind texts that do not go on."""
+        return ids
 
     def _check_known(self, task: Task, rows: Sequence[Sequence[int]]) -> None:
         """Raise ValueError for a token that the model does not embed, on which a GPU would fail for good."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import build_tiny, free_text_task, sentiment_task, topic_task
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from kif import generative
@@ -224,6 +224,17 @@ def test_max_length_without_room_for_the_text(load: Loader, kind: str) -> None:
     lm = load(kind, max_length=2 if kind == "bert" else 20)
     with pytest.raises(ValueError, match=r"task 'topics': max_length \d+ leaves no room"):
         lm.encode(TOPICS, TOPICS.train)
+
+
+@pytest.mark.parametrize(("kind", "form"), [("gpt2", "$A"), ("gpt2", "$A </s>"), ("t5", "$A")])
+def test_a_prompt_without_tokens_is_named(load: Loader, kind: str, form: str) -> None:
+    """Tokenizers as GPT-2's put nothing in front of a text."""
+    lm, task = load(kind), topic_task(template="{input}")
+    special = [("</s>", lm.tokenizer.eos_token_id)]
+    lm.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=form, special_tokens=special)
+    assert lm.tokenizer.decode(lm.encode(task, task.train)[0].input_ids) == "the market rose"
+    with pytest.raises(ValueError, match=r"task 'topics': the prompt '' has no tokens: give it a text"):
+        lm.encode(task, [*task.train, Example("a", "", "World", ("World",))])
 
 
 @given(st.text(max_size=60), st.text(max_size=10), st.text(max_size=10), st.integers(1, 60))

@@ -7,16 +7,19 @@ import io
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import processors
 
 from kif.cli import main
 from kif.config import RunConfig
 from kif.evaluate import evaluate
 from kif.predict import Predictor
 from kif.run import evaluate_run, prepare_tasks, train
+from kif.tasks import DataError
 
 METHODS = [("recurrent-kif", "t5"), ("seqlora", "llama"), ("seqlora", "bert"), ("sapt", "t5"), ("l2p", "llama")]
 
@@ -148,6 +151,15 @@ def test_a_broken_line_stops_after_those_before_it(
     captured = capsys.readouterr()
     assert len(answers(captured.out)) == 3
     assert "kif: <stdin>:4: invalid JSON" in captured.err and "the 3 before it are answered" in captured.err
+
+
+def test_a_prompt_without_tokens_is_a_broken_line(runs: Runs) -> None:
+    predictor, output = Predictor(runs("seqlora", "llama"), "colours"), io.StringIO()
+    predictor.task = replace(predictor.task, template="{input}")
+    predictor.lm.tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    with pytest.raises(DataError, match=r"^rows:2: task 'colours': the prompt '' has no tokens: .*the 1 before it are"):
+        predictor.run([b'{"input": "a"}', b'{"input": ""}'], "rows", output, text=False)
+    assert len(answers(output.getvalue())) == 1
 
 
 @pytest.mark.parametrize(
