@@ -111,10 +111,20 @@ class EncoderModel(LanguageModel):
         mask = (inputs["attention_mask"] * (inputs["input_ids"] >= 0)).unsqueeze(-1).float()
         return F.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
 
+    def label_tokens(self, task: Task) -> dict[str, tuple[int, ...]]:
+        if self.label_embeddings is None:
+            return {}
+        known = self._task_labels[task.name] if self.label_space == "task" else self._index
+        tokens = zip(self.classes, self._tokenize_classes(), strict=True)
+        return {label: ids for label, ids in tokens if label in known}
+
+    def _tokenize_classes(self) -> list[tuple[int, ...]]:
+        encoding = self.tokenizer(list(self.classes), return_attention_mask=False, verbose=False)
+        return [tuple(ids[: self.max_length]) for ids in encoding["input_ids"]]
+
     @torch.no_grad()
     def _embed_labels(self) -> Tensor:
-        encoding = self.tokenizer(list(self.classes), return_attention_mask=False, verbose=False)
-        rows = [Encoded(tuple(ids[: self.max_length]), (), "", False) for ids in encoding["input_ids"]]
+        rows = [Encoded(ids, (), "", False) for ids in self._tokenize_classes()]
         training = self.model.training
         self.model.eval()
         try:

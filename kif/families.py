@@ -114,6 +114,13 @@ class LanguageModel(ABC):
             for (ids, truncated), target in zip(prompts, targets, strict=True)
         ]
 
+    @abstractmethod
+    def label_tokens(self, task: Task) -> dict[str, tuple[int, ...]]:
+        """The labels among which a row of `task` is answered, with the token ids by which the model knows them.
+
+        Empty where it does not read labels. Raises: ValueError for a task without a label list.
+        """
+
     def prompts(self, rows: Sequence[Encoded]) -> Batch:
         """input_ids and attention_mask of the rows' prompts on the device, padded on the right."""
         return self._to_device(self._padded_inputs(rows, "right"))

@@ -41,10 +41,15 @@ class GenerativeModel(LanguageModel):
             return [text.strip() for text in self._generate(rows, max_new_tokens, acceptable)]
         if mode != "rank":
             raise ValueError(f"unknown evaluation mode {mode!r}; there are generate and rank")
+        candidates = self.label_tokens(task)
+        scores = self._rank(rows, list(candidates.values()))
+        labels = list(candidates)
+        return [labels[i] for i in scores.argmax(1).tolist()]
+
+    def label_tokens(self, task: Task) -> dict[str, tuple[int, ...]]:
         if task.labels is None:
             raise ValueError(f"task {task.name!r} is free text and has no labels to rank; use mode generate")
-        scores = self._rank(rows, self._targets(task, task.labels))
-        return [task.labels[i] for i in scores.argmax(1).tolist()]
+        return dict(zip(task.labels, self._targets(task, task.labels), strict=True))
 
     @abstractmethod
     def _generate(self, rows: Sequence[Encoded], max_new_tokens: int, acceptable: Collection[str] | None) -> list[str]:

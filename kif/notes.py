@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from kif.arena import ParameterArena
 from kif.config import RunConfig
+from kif.evaluate import normal
 from kif.families import Encoded, LanguageModel
 from kif.tasks import Example, Task
 
@@ -18,7 +19,7 @@ def warn_of_data(
     scored: Callable[[Task], Sequence[Example]],
     encode: Callable[[Task, Sequence[Example]], Sequence[Encoded]],
 ) -> None:
-    """Warn of rows that are cut, of labels that cannot be learned and of batches that cannot be filled.
+    """Warn of rows that are cut, of labels that cannot be learned or written, of batches that cannot be filled.
 
     Args:
         config: of the run.
@@ -33,6 +34,7 @@ def warn_of_data(
         for kind, what in {
             **_cut(lm, task, encode(task, task.train), encode(task, rows)),
             **_labels(task, rows),
+            **_tokens(config, lm, task),
             **_batches(config, task),
         }.items():
             found.setdefault(kind, []).append(f"{task.name}: {what}")
@@ -76,14 +78,44 @@ def _labels(task: Task, scored: Sequence[Example]) -> Mapping[str, str]:
     taught = {row.label for row in task.train}
     unseen = [row for row in scored if not taught & set(row.references)]
     if unseen:
-        names = list(dict.fromkeys(row.label for row in unseen))
-        listed = ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")
+        listed = _listed([repr(name) for name in dict.fromkeys(row.label for row in unseen)])
         kind = "labels that no training row has cannot be learned, add rows for them or do not score them"
         notes[kind] = f"{listed} in {len(unseen)} of {len(scored)} rows to score"
     if len(taught) == 1:
         kind = "only one label in all training rows, so that the task teaches to answer it always"
         notes[kind] = f"{next(iter(taught))!r} in {len(task.train)} rows"
     return notes
+
+
+def _tokens(config: RunConfig, lm: LanguageModel, task: Task) -> Mapping[str, str]:
+    """Labels that are the same to the model, and labels that it cannot write. Which case they have does not matter."""
+    if task.labels is None:
+        return {}
+    notes = {}
+    known = lm.label_tokens(task)
+    same: dict[tuple[int, ...], list[str]] = {}
+    for label, ids in known.items():
+        same.setdefault(ids, []).append(label)
+    alike = [names for names in same.values() if len(set(map(normal, names))) > 1 and set(names) & set(task.labels)]
+    if alike:
+        kind = "labels of equal tokens cannot be told apart, name them otherwise or take another model"
+        notes[kind] = _listed([" = ".join(map(repr, names)) for names in alike])
+    if lm.family != "encoder" and config.eval_mode == "generate" and task.metric == "accuracy":
+        texts = lm.tokenizer.batch_decode(list(known.values()), skip_special_tokens=True)
+        # those that are cut have a note of their own
+        lost = [
+            f"{label!r} becomes {text.strip()!r}"
+            for (label, ids), text in zip(known.items(), texts, strict=True)
+            if normal(text) != normal(label) and len(ids) < lm.max_target_length
+        ]
+        if lost:
+            kind = "labels that the tokenizer cannot write are never answered, rename them or use eval_mode rank"
+            notes[kind] = _listed(lost)
+    return notes
+
+
+def _listed(found: Sequence[str]) -> str:
+    return ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
 
 
 def _batches(config: RunConfig, task: Task) -> Mapping[str, str]:

@@ -13,17 +13,21 @@ from typing import Any
 
 import pytest
 from crash import outcome
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from kif import tasks as tasks_module
 from kif.cli import main
 from kif.config import RunConfig
 from kif.configfile import dump_config
+from kif.models import load_language_model
+from kif.notes import warn_of_data
 from kif.run import train
 from kif.stored import read_memory, read_tasks
-from kif.tasks import DataError, load_tasks
+from kif.tasks import DataError, Example, Task, load_tasks
 from kif.training import RunLog
 
-NOTES = ("texts longer", "labels that", "only one label", "fewer rows")
+NOTES = ("texts longer", "labels that", "labels of", "only one label", "fewer rows")
 
 
 def row(text: str, label: str, instruction: str = "Which? ") -> str:
@@ -78,6 +82,42 @@ def test_one_label_only_is_said(tiny_models: dict[str, Path], tmp_path: Path) ->
     data = write(tmp_path / "data", [ROWS[0]] * 9, ROWS[:1], ["a", "b"])
     (note,) = notes(settings(data, tiny_models["bert"], tmp_path / "run"))
     assert note.startswith("only one label in all training rows") and note.endswith("t: 'a' in 9 rows")
+
+
+SAME = "labels of equal tokens cannot be told apart, name them otherwise or take another model: "
+LOST = "labels that the tokenizer cannot write are never answered, rename them or use eval_mode rank: "
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        ("t5", {}, [SAME + "t: '😀' = '😢'", LOST + "t: '😀' becomes '', '😢' becomes '', 'b!' becomes 'b'"]),
+        ("t5", {"eval_mode": "rank"}, [SAME + "t: '😀' = '😢'"]),
+        ("bert", {}, [SAME + "t: '😀' = '😢' = '😱'; u: '😀' = '😢' = '😱'"]),
+        ("bert", {"label_space": "task"}, [SAME + "t: '😀' = '😢'"]),
+        ("bert", {"head": "linear"}, []),
+    ],
+)
+def test_labels_that_the_tokenizer_lacks_are_said(
+    tiny_models: dict[str, Path], kind: str, options: dict[str, Any], expected: list[str]
+) -> None:
+    words = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "a", "b"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    labels = {"t": ("😀", "😢", "A", "b!"), "u": ("a", "😱")}
+    config = RunConfig(model=str(tiny_models[kind]), device="cpu", batch_size=1, **options)
+    lm = load_language_model(config, labels)
+    lm.tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="<pad>"
+    )
+    tasks = []
+    for name in ("t", "u") if kind == "bert" else ("t",):
+        rows = tuple(Example("a", "a", label, (label,)) for label in labels[name])
+        tasks.append(Task(name, "accuracy", labels[name], "{instruction} {input}", rows, test=rows))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_data(config, lm, tasks, lambda task: task.test, lm.encode)
+    assert [str(warning.message) for warning in caught] == expected
 
 
 def test_a_batch_larger_than_the_task_takes_all_rows(tiny_models: dict[str, Path], tmp_path: Path) -> None:
