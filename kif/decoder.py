@@ -179,7 +179,8 @@ class DecoderModel(GenerativeModel):
     def _rank_beside(self, first: Tensor, cache: Any, mask: Tensor, candidates: Sequence[tuple[int, ...]]) -> Tensor:
         """As many labels at once as one long row behind each prompt; a token sees the prompt and its own label."""
         rows, vocabulary = len(mask), text_config(self.base.config, self.family).vocab_size
-        count = self._labels_at_once(rows * max(map(len, candidates)) * vocabulary)
+        longest = max(map(len, candidates))
+        count = self._labels_at_once(rows * longest * vocabulary, rows * longest**2)
         starts, lengths = first[:, 0].float().log_softmax(1), mask.sum(1, keepdim=True)
         scores = []
         for begin in range(0, len(candidates), count):

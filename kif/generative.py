@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from inspect import signature
+from math import isqrt
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from kif.families import IGNORE, Encoded, LanguageModel, to_device
 from kif.tasks import Task
 
 RANK_ELEMENTS = 2**27
-"""Label ranking takes as many labels at once as keep logits and repeated states below so many elements."""
+"""Label ranking takes as many labels at once as keep logits, repeated states and masks below so many elements."""
 
 
 Stop = Callable[..., Tensor]
@@ -78,9 +79,11 @@ class GenerativeModel(LanguageModel):
 
         return [stop]
 
-    def _labels_at_once(self, per_label: int) -> int:
-        """How many labels to rank at once, of `per_label` elements each."""
+    def _labels_at_once(self, per_label: int, per_pair: int = 0) -> int:
+        """How many labels to rank at once, of `per_label` elements each; n side by side have n * n * `per_pair` too."""
         count = max(1, RANK_ELEMENTS // per_label)
+        if per_pair:
+            count = max(1, min(count, isqrt(RANK_ELEMENTS // per_pair)))
         return min(gather(count)) if self.lockstep else count
 
     def _end(self, ids: Sequence[int]) -> tuple[int, ...]:

@@ -107,7 +107,9 @@ class EncoderDecoderModel(GenerativeModel):
         """As many labels at once as one long row, each behind a start token of its own; a token sees its own label."""
         start = self.base.generation_config.decoder_start_token_id
         dtype = encoded.last_hidden_state.dtype
-        count = self._labels_at_once(len(mask) * max(map(len, candidates)) * self.base.config.vocab_size)
+        rows, longest, heads = len(mask), max(map(len, candidates)), self.base.get_decoder().config.num_attention_heads
+        # the bias of the positions gives each head a mask of its own
+        count = self._labels_at_once(rows * longest * self.base.config.vocab_size, rows * heads * longest**2)
         scores = []
         for begin in range(0, len(candidates), count):
             part = candidates[begin : begin + count]

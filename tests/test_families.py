@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import build_tiny, free_text_task, sentiment_task, topic_task
+from tiny import build_tiny, free_text_task, masks_of_attention, sentiment_task, topic_task
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -297,6 +298,22 @@ def test_ranking_equals_likelihoods_one_by_one(
     best = [TOPICS.labels[i] for i in expected.argmax(1).tolist()]
     assert lm.answer(TOPICS, rows, "rank", 1) == best
     assert [lm.answer(TOPICS, [row], "rank", 1)[0] for row in rows] == best
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_many_labels_are_ranked_in_parts(load: Loader, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the vocabulary is small, the mask of labels side by side takes more than their logits."""
+    lm: Any = load(kind)
+    rows = lm.encode(TOPICS, TOPICS.train[:2])
+    candidates = list(lm.label_tokens(replace(TOPICS, labels=tuple(map(str, range(200))))).values())
+    with torch.no_grad():
+        whole = lm._rank(rows, candidates)
+        monkeypatch.setattr(generative, "RANK_ELEMENTS", 800_000)
+        with masks_of_attention() as masks:
+            torch.testing.assert_close(lm._rank(rows, candidates), whole)
+    side = max(mask.size(-2) for mask in masks if mask is not None)
+    heads = lm.base.config.num_attention_heads if kind == "t5" else 1
+    assert 100_000 < len(rows) * heads * side**2 <= 800_000
 
 
 @GENERATIVE
