@@ -108,13 +108,17 @@ def write_report(runs: Sequence[Path], output: Path) -> list[Path]:
 
     accuracy-<label>-seed<n>.png for each run; tasks.png with all runs, or tasks-1.png, tasks-2.png, ... for each
     task sequence; results.json: {"summary": mean and standard deviation by method, "runs": all results}.
-    Raises ReportError for damaged results, and if `output` is a run folder, whose results.json it would replace.
+    Raises ReportError for damaged results, and if `output` is a run folder or holds a results.json of another kind,
+    which it would replace.
     """
     results = load_runs(runs)
     if not results:
         raise ReportError("no runs to report on")
     if (output / "config.yaml").exists() or output.resolve() in {run.resolve() for run in runs}:
         raise ReportError(f"{output}: is a run folder; give another --output, so that its results.json is kept")
+    merged = output / "results.json"
+    if merged.exists() and not _is_report(merged):
+        raise ReportError(f"{merged}: is no report, and would be replaced; give another --output, or move it away")
     output.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     for result in results:
@@ -129,9 +133,17 @@ def write_report(runs: Sequence[Path], output: Path) -> list[Path]:
         path = output / ("tasks.png" if len(sequences) == 1 else f"tasks-{number}.png")
         plot_tasks([result for result in results if tuple(result.tasks) == sequence], path)
         written.append(path)
-    merged = output / "results.json"
     merged.write_text(json.dumps(summary(results), indent=1) + "\n", encoding="utf-8")
     return [*written, merged]
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a results.json is one that `write_report` has written."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and "summary" in content
 
 
 def summary(results: Sequence[Results]) -> dict[str, Any]:

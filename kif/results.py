@@ -101,7 +101,9 @@ def load_runs(runs: Sequence[Path]) -> list[Results]:
     """As `load_results`; a label of runs that were configured otherwise gets the fields in which they differ.
 
     Where one of them has no readable config.yaml it stays as it is, and `group_runs` tells the runs apart by the hash.
+    A folder that is named twice is one run.
     """
+    runs = list({run.resolve(): run for run in runs}.values())
     results = [load_results(run) for run in runs]
     for label in {result.label for result in results}:
         same = [index for index, result in enumerate(results) if result.label == label]

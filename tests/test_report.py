@@ -230,6 +230,29 @@ def test_a_runs_own_results_are_never_replaced(tmp_path: Path) -> None:
     assert (run / "results.json").read_text() == before
 
 
+@pytest.mark.parametrize("text", ["precious\n", '["summary"]', '{"op": 1}'])
+def test_results_of_another_kind_are_never_replaced(tmp_path: Path, text: str) -> None:
+    run, other = save(tmp_path / "run", content()), save(tmp_path / "other", text)
+    with pytest.raises(ReportError, match=r"other/results\.json: is no report, and would be replaced"):
+        write_report([run], other)
+    assert [path.name for path in other.iterdir()] == ["results.json"]
+    assert (other / "results.json").read_text() == text
+    # a report is
+    for _ in range(2):
+        write_report([run], tmp_path / "out")
+
+
+def test_a_run_that_is_named_twice_is_one(tmp_path: Path) -> None:
+    run = save(tmp_path / "run", content())
+    (tmp_path / "link").symlink_to(run)
+    assert len(load_runs([run, tmp_path / "link", run / ".." / "run"])) == 1
+
+
+def test_steps_that_differ_are_said() -> None:
+    table = comparison_table([make(), make(seed=1, steps={"inner": 400, "outer": 60})])
+    assert "differ" in row(table, "seqlora")
+
+
 def test_runs_of_other_settings_are_no_repetitions() -> None:
     groups = report.group_runs(
         [make(settings="a"), make(seed=1, settings="a"), make(settings="b"), make("kif", settings="c")]
