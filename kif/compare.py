@@ -58,6 +58,8 @@ def variant_config(base: RunConfig, name: str) -> RunConfig:
     for field in ("method", "seed", *INCIDENTAL):
         if field in named:
             raise ConfigError(f"{name!r}: {field} makes no other method of it; leave it out")
+    if "continue_from" in named:
+        raise ConfigError(f"{name!r}: a comparison trains from the start; leave continue_from out")
     return changed(config, named, repr(name))
 
 
@@ -75,19 +77,26 @@ def _preset_config(base: RunConfig, name: str, method: str, preset: str) -> RunC
 def plan(base: RunConfig, names: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
     """All cells, seed by seed, so that an interrupted comparison is even.
 
-    Raises: ConfigError as `variant_config`, for two names of the same run, and for a folder that holds a finished cell
-        of other settings, naming the field that differs.
+    Raises: ConfigError as `variant_config`, for two names of the same run or folder, and for a folder that holds a
+        finished cell of other settings, naming the field that differs.
     """
     base = with_absolute_folders(base)
+    names = [name.strip() for name in names]
     configs = [variant_config(base, name) for name in names]
     for index, config in enumerate(configs):
         if config in configs[:index]:
             other = names[configs.index(config)]
             raise ConfigError(f"a method is named twice: {other!r} and {names[index]!r} are the same run")
+    folders: dict[str, str] = {}
+    for name in names:
+        place = re.sub(r"[^\w.-]", "-", name)
+        if place in folders:
+            raise ConfigError(f"{folders[place]!r} and {name!r} would share the folder {place}: write one otherwise")
+        folders[place] = name
     cells = []
     for seed in seeds:
-        for name, config in zip(names, configs, strict=True):
-            folder = Path(base.output) / re.sub(r"[^\w.-]", "-", name) / f"seed-{seed}"
+        for place, config in zip(folders, configs, strict=True):
+            folder = Path(base.output) / place / f"seed-{seed}"
             cell = Cell(folder, replace(config, seed=seed, output=str(folder)))
             if cell.finished:
                 _check_same(cell)
@@ -121,10 +130,9 @@ def _train(stop: Preemption, cell: Cell) -> str:
     settings = cell.folder.with_name(cell.folder.name + ".yaml")
     dump_config(replace(cell.config, output=str(unfinished), resume=resume), settings)
     log = cell.folder.with_name(cell.folder.name + ".log")
-    code = "import sys; from kif.cli import main; sys.exit(main())"
     with log.open("a" if resume else "w") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-c", code, "train", "--config", str(settings)], stdout=stream, stderr=subprocess.STDOUT
+            [*_command(), "train", "--config", str(settings)], stdout=stream, stderr=subprocess.STDOUT
         )
         status = _wait(process, stop)
     if status != 0:
@@ -134,6 +142,12 @@ def _train(stop: Preemption, cell: Cell) -> str:
     settings.unlink()
     log.rename(cell.folder / "train.log")
     return ""
+
+
+def _command() -> list[str]:
+    """`kif` as a command that finds the modules this process finds: -c alone looks into the working folder first."""
+    code = f"import sys; sys.path[:] = {sys.path!r}; from kif.cli import main; sys.exit(main())"
+    return [sys.executable, "-c", code]
 
 
 def _wait(process: subprocess.Popen[bytes], stop: Preemption) -> int:

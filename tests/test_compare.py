@@ -48,10 +48,11 @@ def test_methods_have_short_names_everywhere(tmp_path: Path) -> None:
 
 def test_a_name_can_set_fields(tmp_path: Path) -> None:
     given = base(tmp_path, kif=KIFConfig(outer_steps=4))
-    names = ["seqlora:lr=1e-2", "kif:no-die:density=0.5", "kif:lr=2e-3:target_modules=q+v", "seqlora"]
+    names = ["seqlora:lr=1e-2", " kif:no-die:density=0.5", "kif:lr=2e-3:target_modules=q+v", "seqlora"]
     first, second, third, _ = compare.plan(given, names, [0])
     assert first.config.lr == 1e-2 and first.folder.parent.name == "seqlora-lr-1e-2"
     assert second.config.kif == KIFConfig(outer_steps=4, history="frozen", density=0.5)
+    assert second.folder.parent.name == "kif-no-die-density-0.5"
     assert third.config.target_modules == ["q", "v"] and third.config.lr == 2e-3 and third.config.kif == given.kif
 
 
@@ -71,6 +72,8 @@ def test_a_name_can_set_fields(tmp_path: Path) -> None:
         (["seqlora:seed=1"], "'seqlora:seed=1': seed makes no other method of it"),
         (["seqlora:method=ewc"], "method makes no other method of it"),
         (["seqlora:output=x"], "output makes no other method of it"),
+        (["kif:continue_from=x"], "'kif:continue_from=x': a comparison trains from the start"),
+        (["kif:lr=1e-3", "kif:lr=1e+3"], r"'kif:lr=1e-3' and 'kif:lr=1e\+3' would share the folder kif-lr-1e-3"),
         (["recurrent-kif", "seqlora", "kif"], "named twice: 'recurrent-kif' and 'kif' are the same run"),
         (["seqlora:lr=1e-3", "seqlora:lr=0.001"], "named twice: 'seqlora:lr=1e-3' and 'seqlora:lr=0.001'"),
     ],
@@ -159,6 +162,13 @@ def test_only_a_run_of_the_same_settings_goes_on(tmp_path: Path) -> None:
     assert not compare._can_go_on(compare.Cell(cell.folder, replace(cell.config, lr=1.0)), unfinished)
     (unfinished / "config.yaml").write_text("lr: [")
     assert not compare._can_go_on(cell, unfinished)
+
+
+def test_modules_in_the_working_folder_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "argparse.py").write_text("raise SystemExit(7)")
+    monkeypatch.chdir(tmp_path)
+    done = subprocess.run([*compare._command(), "--version"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("kif ")
 
 
 def test_a_failed_cell_leaves_the_others(written: Path, tiny_models: dict[str, Path], tmp_path: Path) -> None:
