@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import shutil
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -281,7 +282,7 @@ def drop(run: Path, name: str, match: str | None, lines: Collection[int], everyt
     Args:
         run: run folder.
         name: the task.
-        match: rows that hold this in any of their texts, whatever its case.
+        match: rows that hold this in any of their texts, whatever its case and Unicode form.
         lines: rows of these line numbers. With neither, all rows.
         everything: whether no row may be left.
     Raises: ValueError for an unknown task or line, an empty text, and where no row would be left although `everything`
@@ -301,7 +302,7 @@ def drop(run: Path, name: str, match: str | None, lines: Collection[int], everyt
     def goes(number: int, row: Example) -> bool:
         if match is not None:
             texts = (row.instruction, row.input, *row.references)
-            return any(match.casefold() in text.casefold() for text in texts)
+            return any(_folded(match) in _folded(text) for text in texts)
         return not lines or number in lines
 
     left = [row for number, row in stored if not goes(number, row)]
@@ -310,6 +311,11 @@ def drop(run: Path, name: str, match: str | None, lines: Collection[int], everyt
     if len(left) < len(stored):
         _write(path, map(_line, left))
     return len(stored) - len(left), len(left)
+
+
+def _folded(text: str) -> str:
+    """A text without its case, the same for all Unicode forms of it."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
 def command(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
@@ -324,7 +330,7 @@ def command(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     exporting.add_argument("file", type=Path, metavar="FILE", help="JSON-lines file to write")
     dropping.add_argument("--task", required=True, metavar="TASK", help="whose rows")
     which = dropping.add_mutually_exclusive_group()
-    which.add_argument("--match", metavar="TEXT", help="rows that hold TEXT, in upper or lower case")
+    which.add_argument("--match", metavar="TEXT", help="rows that hold TEXT, in any case and Unicode form")
     which.add_argument("--line", type=int, nargs="+", default=[], metavar="N", help="rows by line number, see show")
     dropping.add_argument("--yes", action="store_true", help="also if no row of the task is left")
     options = parser.parse_args(argv)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from kif.configfile import dump_config
 from kif.stored import KnownTask, keep, known_task, read_earlier, read_memory, read_tasks
 from kif.tasks import DataError, Example, Task
 
+FORMS: tuple[Literal["NFC", "NFD"], ...] = ("NFC", "NFD")
 LABELS = ("red", "green")
 ROWS = [
     Example("Which? ", "Jane Doe\u2028 likes red", "red", ("red",)),
@@ -87,6 +90,16 @@ def test_drop_by_text_line_and_task(run: Path, capsys: pytest.CaptureFixture[str
     assert main(["memory", "drop", str(run), "--task", "summaries", "--yes"]) == 0
     assert lines(run, "summaries") == [] and lines(run) == ["a green door"]
     assert not [path for path in run.rglob("*") if path.is_file() and b"Jane" in path.read_bytes()]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_texts_match_in_any_unicode_form(run: Path, form: Literal["NFC", "NFD"]) -> None:
+    known, _ = read_tasks(run)
+    rows = [Example("Which? ", unicodedata.normalize(other, "from JOSÉ, red"), "red", ("red",)) for other in FORMS]
+    keep(run, known, 2, {"colours": [*rows, ROWS[1]]}, {"method": {}, "random": []})
+    match = unicodedata.normalize(form, "José")
+    assert main(["memory", "drop", str(run), "--task", "colours", "--match", match]) == 0
+    assert lines(run) == ["a green door"]
 
 
 def test_drop_lines(run: Path) -> None:
