@@ -118,7 +118,7 @@ def predict(argv: Sequence[str]) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("file", nargs="?", default="-", metavar="FILE", help="default: -, standard input")
     parser.add_argument("--text", action="store_true", help="lines are inputs themselves, not JSON")
-    parser.add_argument("--task", metavar="TASK", help="task of the run that gives instruction, template and labels")
+    parser.add_argument("--task", metavar="TASK", help="task that gives instruction, template and labels to rank")
     parser.add_argument("--eval-mode", choices=["generate", "rank"], help="how to answer (default: the run's)")
     parser.add_argument("--checkpoint", type=_positive, metavar="N", help="the adapter after task N, counted from 1")
     parser.add_argument("--batch-size", type=_positive, metavar="N", help="lines at once (default: eval_batch_size)")

@@ -35,8 +35,9 @@ class Predictor:
 
     Args:
         run: run folder.
-        task: one of its tasks, whose instruction, template and labels hold. Default: its only one; of several none,
-            which will do where the lines have an instruction each and all tasks have the same template.
+        task: one of its tasks, whose instruction, template and labels hold; those of encoders with label_space=task
+            only, as in scoring. Default: its only one; of several none, which will do where the lines have an
+            instruction each and all tasks have the same template.
         checkpoint: the adapter after this task, counted from 1. Default: the final one.
         changes: configuration fields to replace: eval_mode, model, device.
     Raises: FileNotFoundError naming the missing file; ValueError for an unknown task or checkpoint, and where a task
@@ -124,6 +125,12 @@ class Predictor:
         content = _parse(Path(name), number, data.removeprefix(b"\xef\xbb\xbf") if number == 1 else data)
         if "input" not in content:
             raise DataError("is missing", name, number, "input")
+        for field, value in content.items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except ValueError as error:
+                # read as infinity or NaN, which the answered line could not hold
+                raise DataError("holds a number that is none in JSON, such as 1e400", name, number, field) from error
         if "answer" in content:
             raise DataError("would be overwritten: rename it, or remove it", name, number, "answer")
         for field in ("instruction", "input", "label"):

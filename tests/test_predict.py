@@ -172,6 +172,7 @@ def test_a_prompt_without_tokens_is_a_broken_line(runs: Runs) -> None:
         ('{"instruction": "", "input": 3}', "field 'input': must be a text, not a number"),
         ('{"instruction": "", "input": "\\ud800"}', "half a surrogate pair"),
         ('{"instruction": "", "input": "x", "references": "y"}', "field 'references': must be a list"),
+        ('{"instruction": "", "input": "x", "id": [1e400]}', "field 'id': holds a number that is none in JSON"),
         (json.dumps({"instruction": "long " * 99, "input": "x"}), "max_length 64 leaves no room"),
     ],
 )
