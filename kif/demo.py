@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +36,8 @@ def run_demo(output: Path, data: str | None, model: str | None, steps: int | Non
         steps: optimizer steps for each task and method; None: 120.
         seed: seed of all three runs.
     Returns: 0.
-    Raises: FileNotFoundError naming the extra to install when a package of the demo is missing.
+    Raises: FileNotFoundError naming the extra to install when a package of the demo is missing; FileExistsError for an
+        output that is not empty; FileNotFoundError or ValueError for data that cannot be used.
     """
     from kif.demo_data import build_demo_data
     from kif.models import model_family
@@ -88,17 +88,20 @@ def minilm_folder() -> Path:
 
 
 def _order(folder: Path) -> str:
-    """The order `demo` of a task folder, or its first one."""
-    from kif.tasks import load_order
+    """The order `demo` of a task folder, or its first one. Raises: FileNotFoundError, DataError, ValueError."""
+    from kif.tasks import DataError, _read_object, _task_names, load_order
 
+    _task_names(folder)  # a wrong folder has its own message
     path = folder / "orders.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: the demo needs a task order")
-    orders = json.loads(path.read_text(encoding="utf-8"))
+    orders = _read_object(path)
+    if not orders:
+        raise DataError("holds no order: the demo needs one of two tasks or more", path)
     order = "demo" if "demo" in orders else next(iter(orders))
     if len(load_order(folder, order)) < 2:
         raise ValueError(f"{path}: order {order!r} has one task; forgetting needs two")
-    return str(order)
+    return order
 
 
 def finding(results: Results) -> str:

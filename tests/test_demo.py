@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from kif.demo import DEMO_METHODS, finding, run_demo
+from kif.demo import DEMO_METHODS, _order, finding, run_demo
 from kif.results import load_results
+from kif.tasks import DataError
 
 QUALITY = Path(__file__).parents[1] / "benchmarks" / "quality.py"
 
@@ -45,6 +46,31 @@ def test_demo_refuses_before_training(written: Path, tiny_models: dict[str, Path
     with pytest.raises(ValueError, match="'one' has one task"):
         run_demo(tmp_path / "new", str(single), model, 12, 0)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", r"orders\.json: must be a JSON object, not a list"),
+        ("{}", r"orders\.json: holds no order"),
+        ("{", r"orders\.json: invalid JSON"),
+        ('{"a": []}', r"orders\.json: field 'a\.tasks': must hold a list"),
+    ],
+)
+def test_bad_orders_are_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "train.jsonl").touch()
+    (tmp_path / "orders.json").write_text(text)
+    with pytest.raises(DataError, match=message):
+        _order(tmp_path)
+    with pytest.raises(DataError, match="none: no such folder"):
+        _order(tmp_path / "none")
+
+
+def test_orders_are_read_as_by_train(written: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(written, tmp_path / "data")
+    (folder / "orders.json").write_bytes(b"\xef\xbb\xbf" + (written / "orders.json").read_bytes())
+    assert _order(folder) == "abc"
 
 
 def test_finding_says_what_was_lost() -> None:
