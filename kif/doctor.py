@@ -47,12 +47,13 @@ def collect(data: str | None = None) -> dict[str, Any]:
         data: task folder to look at; default: the environment variable KIF_DATA.
     Returns: python, system, cpu, cpus, torch (or its import error under `torch_error`), gpus, packages (name to
         version or None), backends (device type to name or error), bf16, variables, data, missing, ok. `ok` says
-        whether torch imports and some device has kernels.
+        whether torch imports, some device has kernels and the data, if a folder is given, can be read.
     """
     found = _torch()
     types = ["cpu"] + (["cuda"] if found["gpus"] else [])
     backends = {kind: _backend(kind) for kind in types}
     packages = {name: _version(name) for names in (*EXTRAS.values(), INDIRECT) for name in names}
+    looked_at = _data(data or os.environ.get("KIF_DATA"))
     missing = {
         extra: absent for extra, names in EXTRAS.items() if (absent := [name for name in names if not packages[name]])
     }
@@ -67,9 +68,11 @@ def collect(data: str | None = None) -> dict[str, Any]:
         "packages": packages,
         "backends": backends,
         "variables": {name: os.environ.get(name) for name in VARIABLES},
-        "data": _data(data or os.environ.get("KIF_DATA")),
+        "data": looked_at,
         "missing": missing,
-        "ok": found["torch"] is not None and any("name" in backend for backend in backends.values()),
+        "ok": found["torch"] is not None
+        and any("name" in backend for backend in backends.values())
+        and looked_at["error"] is None,
     }
 
 
@@ -137,8 +140,8 @@ def render(report: Mapping[str, Any]) -> str:
         text += "\n\nmissing:"
         for extra, names in report["missing"].items():
             text += f"\n  {', '.join(names)}: pip install 'recurrent-kif[{extra}]'"
-    verdict = "training works here" if report["ok"] else "training does not work here: see the lines torch and kernels"
-    return f"{text}\n\n{verdict}"
+    broken = "training does not work here: see the lines torch, kernels and data"
+    return f"{text}\n\n{'training works here' if report['ok'] else broken}"
 
 
 def extra_of(module: str) -> str | None:
@@ -218,7 +221,7 @@ def _data(folder: str | None) -> dict[str, Any]:
         problem = None if _version("datasets") else "needs datasets: pip install 'recurrent-kif[hub]'"
         return {"folder": folder, "tasks": 0, "error": problem}
     try:
-        entries = sorted(Path(folder).iterdir())
+        entries = sorted(Path(os.path.expanduser(folder)).iterdir())
         tasks = [entry for entry in entries if entry.is_dir() and any(entry.glob("train.jsonl*"))]
     except OSError as error:
         return {"folder": folder, "tasks": 0, "error": f"cannot be read: {error.strerror}"}

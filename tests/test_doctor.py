@@ -101,7 +101,20 @@ def test_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no folder with a train.jsonl" in doctor.collect(str(tmp_path / "empty"))["data"]["error"]
     missing = doctor.collect(str(tmp_path / "none"))
     assert missing["data"]["error"] == "cannot be read: No such file or directory"
-    assert f"{tmp_path / 'none'}: cannot be read" in doctor.render(missing)
+    text = doctor.render(missing)
+    assert f"{tmp_path / 'none'}: cannot be read" in text and not missing["ok"]
+    assert text.endswith("training does not work here: see the lines torch, kernels and data")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert doctor.collect("~/good")["data"]["tasks"] == 2
+
+
+@pytest.mark.parametrize("version", ["5.0", None])
+def test_data_of_the_hub_need_a_package(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda name: version)
+    found = doctor.collect("hub")
+    needs = "needs datasets: pip install 'recurrent-kif[hub]'"
+    assert found["data"] == {"folder": "hub", "tasks": 0, "error": None if version else needs}
+    assert found["ok"] == bool(version) and ("Hugging Face hub" in doctor.render(found)) == bool(version)
 
 
 def test_gpus_are_described(monkeypatch: pytest.MonkeyPatch) -> None:

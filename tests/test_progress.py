@@ -23,3 +23,15 @@ def test_nothing_is_shown_where_it_is_not_wanted(capsys: pytest.CaptureFixture[s
         progress.start("mood")
         progress.update(RECORD)
     assert capsys.readouterr().err == ""
+
+
+def test_what_goes_on_is_said_and_bars_end(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(True) as progress:
+        progress.say("nothing yet")
+        progress.start("mood")
+        progress.say("scoring sizes")
+        assert "scoring sizes" in capsys.readouterr().err
+        progress.start("moods")
+        assert capsys.readouterr().err.count("\n") == 1
+    # each bar ends with its line
+    assert capsys.readouterr().err.endswith("\n")
