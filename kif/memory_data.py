@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +26,56 @@ def read_memory_data(place: str, tasks: Sequence[KnownTask]) -> dict[str, tuple[
             Face hub, whose split `train` is taken. Columns: task, instruction, input, label and, if wanted, references.
         tasks: tasks that rows may be of.
     Raises: ImportError without `datasets`; FileNotFoundError, or ValueError for a place that it cannot read; DataError
-        naming the row (from 1) for a column that is missing, an unknown task, and all that is refused in task folders.
+        naming the row (from 1; in CSV its line) for a column that is missing, an unknown task, and all that is refused
+        in task folders.
     """
     known = {task.name: task for task in tasks}
     rows: dict[str, list[Example]] = {name: [] for name in known}
     path = Path(place)
     for number, row in enumerate(_load(place), 1):
-        # columns that some rows lack are None in them
-        given = {name: value for name, value in row.items() if value is not None}
-        if given.get("task") not in known:
-            raise DataError(
-                f"{given.get('task')!r} is no task of the run that is continued; "
-                f"{suggest(str(given.get('task')), list(known))}",
-                path, number, "task",
-            )  # fmt: skip
-        task = known[given.pop("task")]
-        line = json.dumps({name: given[name] for name in (*COLUMNS[1:], "references") if name in given}).encode()
-        rows[task.name].append(_example(path, number, line, task.labels))
+        try:
+            name, example = _read_row(path, number, row, known)
+        except DataError as error:
+            raise DataError(error.message, path, _line_of(path, number), error.field) from error
+        rows[name].append(example)
     return {name: tuple(found) for name, found in rows.items()}
+
+
+def _read_row(path: Path, number: int, row: dict[str, Any], known: Mapping[str, KnownTask]) -> tuple[str, Example]:
+    """A row's task and what it holds."""
+    # columns that some rows lack are None in them
+    given = {name: value for name, value in row.items() if value is not None}
+    if given.get("task") not in known:
+        raise DataError(
+            f"{given.get('task')!r} is no task of the run that is continued; "
+            f"{suggest(str(given.get('task')), list(known))}",
+            path, number, "task",
+        )  # fmt: skip
+    task = known[given.pop("task")]
+    line = json.dumps({name: given[name] for name in (*COLUMNS[1:], "references") if name in given}).encode()
+    return task.name, _example(path, number, line, task.labels)
+
+
+def _line_of(path: Path, number: int) -> int | None:
+    """The line in which a row begins: in CSV behind the header, where rows may have several; else its number.
+
+    None where Python's csv does not find it.
+    """
+    if ".csv" not in path.suffixes[-2:]:
+        return number
+    unpacked = gzip.open if path.suffix == ".gz" else open
+    with unpacked(path, "rt", encoding="utf-8", errors="replace", newline="") as file:
+        reader, begins, seen = csv.reader(file), 1, -1
+        try:
+            for cells in reader:
+                # blank lines are no rows
+                seen += len(cells) > 1 or bool("".join(cells).strip())
+                if seen == number:
+                    return begins
+                begins = reader.line_num + 1
+        except csv.Error:
+            return None
+    return None
 
 
 def _load(place: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import warnings
@@ -16,6 +17,7 @@ from kif import stored
 from kif.cli import main
 from kif.config import EWCConfig, KIFConfig, L2PConfig, LFPT5Config, RunConfig
 from kif.configfile import load_config, parse_run_config
+from kif.memory_data import read_memory_data
 from kif.methods.recurrent_kif import RecurrentKIFMethod
 from kif.run import _earlier, evaluate_run, train
 from kif.stored import KnownTask, drop, read_memory, read_state, read_tasks
@@ -319,3 +321,19 @@ def test_memory_that_cannot_be_used(
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train(replace(further(first, "second", ["moods"], memory_data="rows.jsonl"), **options), progress=False)
     assert not (tmp_path / "second").exists()
+
+
+def test_rows_of_csv_are_named_by_their_line(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    place = tmp_path / "rows.csv"
+    good, bad = 'colours,a,"several\nlines",red\n', "colours,a,b,blue\n"
+    known = [KnownTask("colours", "accuracy", ("red", "green"), "", None, None)]
+    place.write_text("task,instruction,input,label\n" + good + "\n" + good)
+    assert [row.input for row in read_memory_data(str(place), known)["colours"]] == ["several\nlines"] * 2
+    for packed in (False, True):
+        # another name each time, since datasets keeps what it has read
+        place = tmp_path / f"bad.csv{'.gz' * packed}"
+        text = ("task,instruction,input,label\n" + good + "\n" + bad + good).encode()
+        place.write_bytes(gzip.compress(text) if packed else text)
+        with pytest.raises(DataError, match=r"bad\.csv(\.gz)?:5: field 'label': 'blue' is no label"):
+            read_memory_data(str(place), known)
