@@ -230,7 +230,10 @@ class KIFOptimizer(torch.optim.Optimizer):
         return {**super().state_dict(), "kif": kif}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue. Raises: ValueError for a state of another optimizer, or with memory where there is none."""
+        """Continue.
+
+        Raises: ValueError for a state of another optimizer or other switches, or with memory where there is none.
+        """
         if "kif" not in state_dict:
             raise ValueError(
                 "the checkpoint's optimizer is not Recurrent-KIF's: train() without it, or with its Trainer"

@@ -340,6 +340,21 @@ def test_state_continues_before_the_fusion(counts: bool) -> None:
     assert 0 < a.kept[0] < a.arena.numel
 
 
+@pytest.mark.parametrize(
+    "switch", [{"outer_optimizer": "shared"}, {"score": "ema_uncertainty"}, {"inner_steps": 3}, {"density": 0.5}]
+)
+def test_state_of_other_switches_is_refused(switch: dict[str, Any]) -> None:
+    (name, value), (a, _), (b, _) = *switch.items(), engine(KIFConfig(**switch)), engine(KIFConfig())
+    state, before = a.state_dict(), b.arena.data.clone()
+    a.arena.data.add_(1.0)
+    with pytest.raises(ValueError, match=rf"kif\.{name}={value!r}, here it is {getattr(b.config, name)!r}: continue"):
+        b.load_state_dict(state)
+    assert torch.equal(b.arena.data, before)
+    a.load_state_dict(state)
+    del state["config"]  # as saved by earlier versions
+    a.load_state_dict(state)
+
+
 @pytest.mark.parametrize("change", ["inner step", "outer step", "fuse", "loading"])
 def test_a_backward_pass_through_old_weights_is_refused(change: str) -> None:
     kif, parameters = engine(KIFConfig(inner_steps=2, outer_steps=1))

@@ -206,11 +206,13 @@ def test_resuming_ends_bit_for_bit_alike(tiny_models: dict[str, Path], tmp_path:
     assert saved["memory"] == {"epoch": 1, "position": 1} and saved["inner_done"] == step % 3
 
 
-def test_a_checkpoint_needs_its_memory(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_checkpoint_needs_its_memory_and_switches(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     lm, _ = load(tiny_models)
     train(lm, tmp_path, save_strategy="steps", save_steps=8)
     with pytest.raises(ValueError, match="memory_dataset"):
         train(load(tiny_models)[0], tmp_path, memory=0, resume=True)
+    with pytest.raises(ValueError, match=r"kif\.outer_steps=2, here it is 1"):
+        train(load(tiny_models)[0], tmp_path, resume=True, kif=KIFConfig(inner_steps=3, outer_steps=1))
 
 
 def test_the_gradient_is_clipped_once_and_scored_unclipped(tiny_models: dict[str, Path], tmp_path: Path) -> None:
