@@ -29,6 +29,7 @@ from kif.optimizer import OptimizerConfig
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 """Values of `optim` that name what the engine does: AdamW in fp32."""
+_SCHEDULE = "choose its schedule by lr_scheduler_type and lr_scheduler_kwargs, or override create_scheduler"
 
 
 @dataclass
@@ -257,9 +258,14 @@ class _Rounds(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        optimizer = self.trainer.kif_optimizer
+        scheduled = getattr(kwargs.get("lr_scheduler"), "optimizer", optimizer)
+        # accelerate's wrapper shows the groups of what it wraps
+        if scheduled.param_groups is not optimizer.param_groups:
+            raise ValueError(f"the scheduler is of another optimizer than Recurrent-KIF's: {_SCHEDULE}")
         # before the Trainer restores the random numbers of a checkpoint
-        if self.trainer.kif_optimizer.memory is not None:
-            self.trainer.kif_optimizer.memory.open()
+        if optimizer.memory is not None:
+            optimizer.memory.open()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = self.trainer.kif_optimizer
@@ -289,10 +295,10 @@ class KIFMixin:
         args: training arguments with those of `KIFArguments`.
         memory_dataset: rows of earlier tasks, in the form of the Trainer's (prepared) train_dataset; they are batched,
             shuffled and collated as these. See `draw_memory`.
-        Others as the Trainer; it makes the optimizer itself.
+        Others as the Trainer; it makes the optimizer itself, and `create_scheduler` the schedule.
 
-    Raises: TypeError for other arguments; ValueError for an optimizer, DeepSpeed, FSDP, DataParallel, and for answers
-        (GRPO, RLOO) that are used in several steps.
+    Raises: TypeError for other arguments; ValueError for an optimizer or a scheduler of another one, DeepSpeed, FSDP,
+        DataParallel, and for answers (GRPO, RLOO) that are used in several steps.
     """
 
     def __init__(self, model: Any = None, args: Any = None, *more: Any, memory_dataset: Any = None, **kwargs: Any):
@@ -300,9 +306,9 @@ class KIFMixin:
             raise TypeError(
                 f"args must be KIFTrainingArguments, or of a class derived from KIFArguments, got {type(args).__name__}"
             )
-        optimizer = (kwargs.get("optimizers") or (None, None))[0]
-        if optimizer is not None or kwargs.get("optimizer_cls_and_kwargs") is not None:
-            raise ValueError("Recurrent-KIF makes the optimizer; pass optimizers=(None, scheduler) or nothing")
+        given = (*(kwargs.get("optimizers") or ()), kwargs.get("optimizer_cls_and_kwargs"))
+        if any(entry is not None for entry in given):
+            raise ValueError(f"Recurrent-KIF makes the optimizer: leave out optimizers; {_SCHEDULE}")
         self.memory_dataset = memory_dataset
         self.kif_optimizer: KIFOptimizer
         if more:

@@ -452,6 +452,14 @@ def test_the_trainer_refuses(tmp_path: Path) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     with pytest.raises(ValueError, match="makes the optimizer"):
         KIFTrainer(model=model, args=args, optimizers=(optimizer, None))
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    with pytest.raises(ValueError, match=r"leave out optimizers; .*lr_scheduler_type .*override create_scheduler"):
+        KIFTrainer(model=model, args=args, optimizers=(None, schedule))
+    trainer = KIFTrainer(model=model, args=args)
+    trainer.create_optimizer()
+    trainer.callback_handler.lr_scheduler = schedule
+    with pytest.raises(ValueError, match="scheduler is of another optimizer"):
+        trainer.callback_handler.on_train_begin(args, trainer.state, trainer.control)
     args._n_gpu = 2
     with pytest.raises(ValueError, match="torchrun"):
         KIFTrainer(model=model, args=args)
