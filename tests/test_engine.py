@@ -385,6 +385,17 @@ def test_steps_out_of_order_are_refused() -> None:
         kif.inner_step(0.1)
 
 
+def test_a_learning_rate_out_of_range_changes_nothing() -> None:
+    kif, parameters = engine(KIFConfig())
+    feed(parameters, gradients(0))
+    before = copy.deepcopy(kif.state_dict())
+    for lr in (-0.1, math.nan):
+        with pytest.raises(ValueError, match="lr must be finite and not negative"):
+            kif.inner_step(lr)
+    assert torch.equal(kif.arena.data, before["arena"]["data"]) and kif.arena.grad.any()
+    assert not kif.inner_optimizer.state_dict()["steps"]
+
+
 def test_config_refuses_what_makes_no_sense() -> None:
     with pytest.raises(ValueError, match=r"kif\.density must lie"):
         KIFConfig(density=1.2)
