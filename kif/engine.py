@@ -43,7 +43,7 @@ class RecurrentKIF:
             of the present task.
         rounds: rounds of the present task that were fused.
 
-    Raises: ValueError for switches that cannot be honoured with `shards`.
+    Raises: TypeError for a config that is no KIFConfig; ValueError for switches that cannot be honoured with `shards`.
     """
 
     def __init__(
@@ -54,7 +54,9 @@ class RecurrentKIF:
         shards: dist.ProcessGroup | None = None,
     ) -> None:
         self.arena, self.shards = arena, shards
-        self.config = config or KIFConfig()
+        self.config = KIFConfig() if config is None else config
+        if not isinstance(self.config, KIFConfig):
+            raise TypeError(f"config must be a KIFConfig, got {type(config).__name__}: KIFConfig(**fields) makes one")
         self.optimizer_config = optimizer or OptimizerConfig()
         self._total = arena.numel if shards is None else self._total_of(shards)
         self.inner_optimizer = ArenaAdamW(arena, "inner", self.optimizer_config, shards)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,18 +93,22 @@ class KIFSeq2SeqTrainingArguments(KIFArguments, Seq2SeqTrainingArguments):
 
 def kif_config(value: KIFConfig | str | dict[str, Any] | None) -> KIFConfig:
     """The switches as `KIFArguments.kif` takes them. Raises: ValueError naming what is wrong."""
-    if isinstance(value, str):
-        value = json.loads(value) if value.lstrip().startswith("{") else {"preset": value}
-    given = asdict(value) if isinstance(value, KIFConfig) else dict(value or {})
+    if isinstance(value, str) and not value.lstrip().startswith("{"):
+        value = {"preset": value}
+    elif isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"kif is neither a preset's name nor JSON ({error}): {value}") from error
+    given = asdict(value) if isinstance(value, KIFConfig) else {} if value is None else value
+    if not isinstance(given, Mapping):
+        raise ValueError(f"kif must be a KIFConfig, a dict of its fields or a string, got {value!r}")
+    given = dict(given)
     preset = given.pop("preset", "paper")
     known = {entry.name for entry in fields(KIFConfig)}
-    hints = get_type_hints(KIFConfig)
-    for name, entry in given.items():
+    for name in given:
         if name not in known:
             raise ValueError(f"kif has no switch {name!r}; there are preset, {', '.join(sorted(known))}")
-        # values that are named, and their bounds, are for KIFConfig to check
-        if not get_args(hints[name]) and (isinstance(entry, bool) or not isinstance(entry, (int, hints[name]))):
-            raise ValueError(f"kif.{name} must be of type {hints[name].__name__}, got {entry!r}")
     return KIFConfig.preset(preset, **given)
 
 
@@ -149,7 +153,10 @@ class MemoryStream(Iterator[Any]):
     def _fetch(self) -> Any:
         batches = self.open()
         with _memory_at_fault():
-            return next(batches, None)
+            batch = next(batches, None)
+            if isinstance(batch, Mapping) and not batch:
+                raise ValueError("its rows have no column that the model takes")
+            return batch
 
     @_memory_at_fault()
     def open(self) -> Iterator[Any]:
@@ -329,7 +336,9 @@ class KIFMixin:
 
     @property
     def engine(self) -> RecurrentKIF:
-        """The engine of the task in training or trained last."""
+        """The engine of the task in training or trained last. Raises: AttributeError before `train()`."""
+        if not hasattr(self, "kif_optimizer"):
+            raise AttributeError("there is no engine yet: train() makes it, when training begins")
         return self.kif_optimizer.engine
 
     def create_accelerator_and_postprocess(self) -> None:

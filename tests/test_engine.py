@@ -403,5 +403,11 @@ def test_config_refuses_what_makes_no_sense() -> None:
         KIFConfig(outer_steps=0)
     with pytest.raises(ValueError, match=r"^kif.mask must be one of at_least, above, got 'abvoe'"):
         KIFConfig(mask="abvoe")  # type: ignore[arg-type]
+    for name, kind, value in (("density", "float", "0.2"), ("inner_steps", "int", 2.5), ("outer_steps", "int", True)):
+        with pytest.raises(ValueError, match=rf"^kif\.{name} must be of type {kind}, got {value!r}$"):
+            KIFConfig(**{name: value})
+    assert KIFConfig(density=1, inner_steps=np.int64(2)).density == 1  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"config must be a KIFConfig, got dict"):
+        RecurrentKIF.of(nn.Linear(2, 2), {"outer_steps": 4})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown preset 'papre'"):
         KIFConfig.preset("papre")

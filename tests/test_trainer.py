@@ -398,6 +398,10 @@ def test_the_callback_refuses_what_it_cannot_do() -> None:
         KIFCallback(alpha=1.5)
     with pytest.raises(ValueError, match="train first"):
         KIFCallback().mask(0.2)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 1)).double()
+    model(torch.ones(1, 2).double()).sum().backward()
+    with pytest.raises(ValueError, match=r"cannot score parameter 0\.weight: weight must be float32 .* got float64"):
+        KIFCallback().on_pre_optimizer_step(None, None, None, model=model)
 
 
 def test_arguments_survive_to_dict_and_the_command_line(tmp_path: Path) -> None:
@@ -425,6 +429,8 @@ def test_arguments_survive_to_dict_and_the_command_line(tmp_path: Path) -> None:
         ({"kif": {"inner_steps": 2.5}}, "of type int"),
         ({"kif": {"fusion": "all"}}, "must be one of paper"),
         ({"kif": "paper2"}, "unknown preset"),
+        ({"kif": '{"outer_steps": 4'}, r"kif is neither a preset's name nor JSON \(Expecting .*: {\"outer_steps\": 4"),
+        ({"kif": 5}, r"kif must be a KIFConfig, .* got 5"),
         ({"outer_learning_rate": 0.0}, "outer_learning_rate"),
         ({"optim": "adafactor"}, "adafactor"),
         ({"fp16": True}, "fp16"),
@@ -456,6 +462,8 @@ def test_the_trainer_refuses(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"leave out optimizers; .*lr_scheduler_type .*override create_scheduler"):
         KIFTrainer(model=model, args=args, optimizers=(None, schedule))
     trainer = KIFTrainer(model=model, args=args)
+    with pytest.raises(AttributeError, match=r"no engine yet: train\(\) makes it"):
+        _ = trainer.engine
     trainer.create_optimizer()
     trainer.callback_handler.lr_scheduler = schedule
     with pytest.raises(ValueError, match="scheduler is of another optimizer"):
@@ -580,6 +588,11 @@ def test_running_out_of_memory_is_not_the_memory_datasets_fault() -> None:
 
     with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA"):
         next(MemoryStream(batches()))
+
+
+def test_memory_rows_without_a_column_that_the_model_takes() -> None:
+    with pytest.raises(ValueError, match=r"(?s)memory_dataset .*prepared as .*no column that the model takes"):
+        next(MemoryStream([{}]))
 
 
 def test_names_are_exported() -> None:
