@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,10 @@ ALIGNMENT = 32
 
 class ArenaError(RuntimeError):
     """A parameter no longer lies in its arena, or cannot be put there."""
+
+
+_Link = tuple[ref[nn.Module], str, ref[nn.Module], int]
+"""A module, a name in it that is on the way to a parameter, the module of that name, the first such parameter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +50,8 @@ class ParameterArena:
     Args:
         parameters: (name, parameter) pairs, float32, on one device; for instance the trainable ones of
             `model.named_parameters()`.
-        model: the module the names belong to; lets `check` notice parameter objects that were exchanged.
+        model: the module the names belong to; lets `check` notice parameters and modules that were exchanged. A copy
+            of the arena (deepcopy, pickle) notices parameters only. The arena does not keep the model alive.
 
     Attributes:
         data: flat float32 buffer of the weights; the elements between segments are padding and stay 0.
@@ -66,16 +72,12 @@ class ParameterArena:
         _check_memory(named, everything)
         self._owners: list[tuple[nn.Module, str]] = []
         self._ties: list[tuple[str, nn.Module, str, int]] = []
+        self._links: list[_Link] = []
+        self._model = None if model is None else ref(model)
+        self._parameters = [parameter for _, parameter in named]
         if model is not None:
             _check_adapters(model)
-            self._owners = [_owner(model, name) for name, _ in named]
-            numbers = {id(parameter): i for i, (_, parameter) in enumerate(named)}
-            self._ties = [
-                (name, *_owner(model, name), numbers[id(parameter)])
-                for name, parameter in everything
-                if id(parameter) in numbers and name != named[numbers[id(parameter)]][0]
-            ]
-        self._parameters = [parameter for _, parameter in named]
+            self._find(model, [name for name, _ in named], everything)
         self.segments: list[Segment] = []
         end = 0
         for name, parameter in named:
@@ -122,9 +124,10 @@ class ParameterArena:
 
         Gradients that were set to None or replaced are put back into the arena with their values. When every
         parameter lies elsewhere (`model.to`, `load_state_dict(assign=True)`) the arena follows.
-        Raises: ArenaError naming a single parameter that was re-assigned, one that is no longer float32, no longer
-            tied to what it was tied to, or no longer trained.
+        Raises: ArenaError naming a single parameter that was re-assigned, one that is no longer in the model, no longer
+            float32, no longer tied to what it was tied to, no longer trained, or has a sparse gradient.
         """
+        self._check_modules()
         base, present = self.data.data_ptr(), self._live()
         strays = [
             segment.name
@@ -132,11 +135,10 @@ class ParameterArena:
             if live is not ours or live.data_ptr() != base + 4 * segment.start
         ]
         for name, module, attribute, number in self._ties:
-            if getattr(module, attribute) is not present[number]:
-                raise ArenaError(
-                    f"parameter {name} was tied to {self.segments[number].name} and no longer is: tie them again "
-                    "(model.tie_weights()), or make a new arena"
-                )
+            if module._parameters.get(attribute) is not present[number]:
+                raise self._untied(name, number)
+        if strays:
+            self._check_present(present)
         if len(strays) == len(self.segments):
             self.rebind()
         elif strays:
@@ -151,17 +153,28 @@ class ParameterArena:
                     f"parameter {segment.name} is no longer trained: make its adapter the active one again "
                     "(model.set_adapter), or a new arena of what is trained now"
                 )
-            if parameter.grad is None or parameter.grad.data_ptr() != base + 4 * segment.start:
+            grad = parameter.grad
+            if grad is None or grad.layout is not torch.strided or grad.data_ptr() != base + 4 * segment.start:
                 view = segment.view(self.grad)
-                if parameter.grad is None:
+                if grad is None:
                     view.zero_()
+                elif grad.layout is not torch.strided:
+                    raise ArenaError(
+                        f"parameter {segment.name} has a sparse gradient, which the arena does not hold: make its "
+                        "layer without sparse=True"
+                    )
                 else:
-                    view.copy_(parameter.grad)
+                    view.copy_(grad)
                 parameter.grad = view
 
     def rebind(self) -> None:
-        """Take over the parameters' present values and device; all buffers move along."""
-        self._parameters = self._live()
+        """Take over the parameters' present values and device; all buffers move along.
+
+        Raises: ArenaError naming one that is no longer in the model, or cannot be in an arena.
+        """
+        live = self._live()
+        self._check_present(live)
+        self._parameters = live
         _check_parameters([(s.name, p) for s, p in zip(self.segments, self._parameters, strict=True)])
         device = self._parameters[0].device
         self.data = torch.zeros_like(self.data, device=device)
@@ -190,11 +203,64 @@ class ParameterArena:
             self.buffer(name).copy_(buffer)
         self.changed()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a weak reference cannot be pickled, and in a copy it would still be to the model that was copied
+        return {**self.__dict__, "_model": None, "_links": []}
+
+    def _find(self, model: nn.Module, names: list[str], everything: list[tuple[str, nn.Parameter]]) -> None:
+        """Note the modules that hold the parameters under these names, and those on the way to them."""
+        self._owners = [_owner(model, name) for name in names]
+        numbers = {id(parameter): i for i, parameter in enumerate(self._parameters)}
+        ties = [(name, numbers[id(p)]) for name, p in everything if id(p) in numbers]
+        ties = [(name, number) for name, number in ties if name != names[number]]
+        self._ties = [(name, *_owner(model, name), number) for name, number in ties]
+        self._links = _links(model, [*enumerate(names), *((number, name) for name, number in ties)])
+
+    def _check_modules(self) -> None:
+        """Raise ArenaError for a parameter whose module is no longer in the model; one around it may be new."""
+        number = self._first_exchanged()
+        if number is None:
+            return
+        model = None if self._model is None else self._model()
+        everything = [] if model is None else list(model.named_parameters(remove_duplicate=False))
+        names = {id(parameter): name for name, parameter in reversed(everything)}
+        for segment, parameter in zip(self.segments[number:], self._parameters[number:], strict=True):
+            if id(parameter) not in names:
+                raise _gone(segment.name)
+        if model is not None:
+            # a module around them is new: a wrapper
+            ours = {id(parameter) for parameter in self._parameters}
+            if sum(id(parameter) in ours for _, parameter in everything) < len(ours) + len(self._ties):
+                here = dict(everything)
+                lost = [tie for tie in self._ties if here.get(tie[0]) is not self._parameters[tie[-1]]]
+                name, *_, number = (lost or self._ties)[0]
+                raise self._untied(name, number)
+            self._find(model, [names[id(parameter)] for parameter in self._parameters], everything)
+
+    def _first_exchanged(self) -> int | None:
+        """The number of the first parameter below a module that was exchanged; called at every step."""
+        for parent, name, child, number in self._links:
+            module, inner = parent(), child()
+            if module is not None and (inner is None or module._modules.get(name) is not inner):
+                return number
+        return None
+
+    def _check_present(self, live: list[nn.Parameter]) -> None:
+        for segment, parameter in zip(self.segments, live, strict=True):
+            if parameter is None:
+                raise _gone(segment.name)
+
+    def _untied(self, name: str, number: int) -> ArenaError:
+        return ArenaError(
+            f"parameter {name} was tied to {self.segments[number].name} and no longer is: tie them again "
+            "(model.tie_weights()), or make a new arena"
+        )
+
     def _live(self) -> list[nn.Parameter]:
         """The parameter objects that the model uses now."""
         if not self._owners:
             return self._parameters
-        return [cast(nn.Parameter, getattr(module, attribute)) for module, attribute in self._owners]
+        return [cast(nn.Parameter, module._parameters.get(attribute)) for module, attribute in self._owners]
 
     def _adopt(self) -> None:
         for segment, parameter in zip(self.segments, self._parameters, strict=True):
@@ -244,6 +310,27 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that holds a parameter, and the attribute there."""
     path, _, attribute = name.rpartition(".")
     return model.get_submodule(path), attribute
+
+
+def _links(model: nn.Module, names: Iterable[tuple[int, str]]) -> list[_Link]:
+    """Every step from a module into another on the way to the (number, name) parameters, once."""
+    links: dict[tuple[int, str], _Link] = {}
+    for number, name in names:
+        module = model
+        for atom in name.split(".")[:-1]:
+            child: nn.Module = getattr(module, atom)
+            # a wrapper may forward names to what it wraps
+            if module._modules.get(atom) is child:
+                links.setdefault((id(module), atom), (ref(module), atom, ref(child), number))
+            module = child
+    return list(links.values())
+
+
+def _gone(name: str) -> ArenaError:
+    return ArenaError(
+        f"parameter {name} is no longer in the model, where it or a module around it was exchanged or removed: make a "
+        "new arena, or engine, of what is trained now"
+    )
 
 
 def _check_memory(named: list[tuple[str, nn.Parameter]], everything: list[tuple[str, nn.Parameter]]) -> None:

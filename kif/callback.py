@@ -29,7 +29,8 @@ class KIFCallback(TrainerCallback):
     Attributes:
         importance: float32 tensors in the parameters' shapes, by the names of `model.named_parameters()`.
 
-    Raises: ValueError for an alpha outside [0, 1].
+    Raises: ValueError for an alpha outside [0, 1]; in training, naming a parameter of another dtype than float32,
+        bfloat16 and float16.
     """
 
     def __init__(self, alpha: float = 0.55, save: bool = False) -> None:
@@ -56,7 +57,10 @@ class KIFCallback(TrainerCallback):
                 continue
             if name not in self.importance:
                 self.importance[name] = torch.zeros_like(parameter, dtype=torch.float32)
-            importance_ema_(self.importance[name], parameter.detach(), parameter.grad, self.alpha)
+            try:
+                importance_ema_(self.importance[name], parameter.detach(), parameter.grad, self.alpha)
+            except ValueError as error:
+                raise ValueError(f"KIFCallback cannot score parameter {name}: {error}") from error
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.importance = {}

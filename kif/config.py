@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
@@ -65,6 +66,10 @@ class KIFConfig:
 
     def __post_init__(self) -> None:
         _check_choices("kif.", self)
+        for name, kind in get_type_hints(KIFConfig).items():
+            value, numbers = getattr(self, name), {int: Integral, float: Real}.get(kind)
+            if numbers is not None and (isinstance(value, bool) or not isinstance(value, numbers)):
+                raise ValueError(f"kif.{name} must be of type {kind.__name__}, got {value!r}")
         for name in ("inner_steps", "outer_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"kif.{name} must be at least 1, got {getattr(self, name)}")

@@ -6,6 +6,7 @@ before each step.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class RecurrentKIF:
             of the present task.
         rounds: rounds of the present task that were fused.
 
-    Raises: ValueError for switches that cannot be honoured with `shards`.
+    Raises: TypeError for a config that is no KIFConfig; ValueError for switches that cannot be honoured with `shards`.
     """
 
     def __init__(
@@ -53,7 +54,9 @@ class RecurrentKIF:
         shards: dist.ProcessGroup | None = None,
     ) -> None:
         self.arena, self.shards = arena, shards
-        self.config = config or KIFConfig()
+        self.config = KIFConfig() if config is None else config
+        if not isinstance(self.config, KIFConfig):
+            raise TypeError(f"config must be a KIFConfig, got {type(config).__name__}: KIFConfig(**fields) makes one")
         self.optimizer_config = optimizer or OptimizerConfig()
         self._total = arena.numel if shards is None else self._total_of(shards)
         self.inner_optimizer = ArenaAdamW(arena, "inner", self.optimizer_config, shards)
@@ -218,10 +221,22 @@ class RecurrentKIF:
             "outer_done": self._outer_done,
             "has_theta_inner": self._has_theta_inner,
             "counted": dict(self._counted),
+            "config": self._switches(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state, in the middle of a round too. Raises: ArenaError when the layout differs."""
+        """Continue from a saved state, in the middle of a round too.
+
+        Raises: ValueError naming a switch that differs from the saved engine's; ArenaError when the layout differs.
+        """
+        now = self._switches()
+        # a state saved before switches were saved has none
+        for name, then in state.get("config", now).items():
+            if then != now.get(name):
+                raise ValueError(
+                    f"the saved state is of kif.{name}={then!r}, here it is {now.get(name)!r}: continue with the "
+                    "switches that it was saved with"
+                )
         self.arena.load_state_dict(state["arena"])
         self.inner_optimizer.load_state_dict(state["inner_optimizer"])
         self.outer_optimizer.load_state_dict(state["outer_optimizer"])
@@ -232,6 +247,11 @@ class RecurrentKIF:
         # a state from another kind of device has no counts: they are taken anew
         fits = self._selection.load_state_dict(state["selection"])
         self._counted = {side: fits and counted for side, counted in state["counted"].items()}
+
+    def _switches(self) -> dict[str, Any]:
+        """The configuration as a checkpoint holds it, which knows no numbers of numpy."""
+        switches = asdict(self.config).items()
+        return {name: value if type(value) in (int, str) else float(value) for name, value in switches}
 
     def _begin_round(self) -> None:
         self._inner_done = self._outer_done = 0

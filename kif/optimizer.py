@@ -17,6 +17,7 @@ from kif_kernels import (
     importance_ema_,
     importance_uncertainty_ema_,
 )
+from kif_kernels.checks import check_adamw
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,11 @@ class ArenaAdamW:
             lr: learning rate.
             scoring: importance to update in the same pass.
             snapshot_before, snapshot_after: flat buffers that receive the weights before and after the update.
+
+        Raises: ValueError for a learning rate or hyperparameter out of its range, before anything changes.
         """
         arena, config = self.arena, self.config
+        check_adamw(lr, config.betas, config.eps, config.weight_decay, step=1)
         if self._steps.device != arena.device:
             for name in ("_steps", "_scale", "_skip", "skipped"):
                 setattr(self, name, getattr(self, name).to(arena.device))

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from kif.optimizer import OptimizerConfig
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 """Values of `optim` that name what the engine does: AdamW in fp32."""
+_SCHEDULE = "choose its schedule by lr_scheduler_type and lr_scheduler_kwargs, or override create_scheduler"
 
 
 @dataclass
@@ -92,18 +93,22 @@ class KIFSeq2SeqTrainingArguments(KIFArguments, Seq2SeqTrainingArguments):
 
 def kif_config(value: KIFConfig | str | dict[str, Any] | None) -> KIFConfig:
     """The switches as `KIFArguments.kif` takes them. Raises: ValueError naming what is wrong."""
-    if isinstance(value, str):
-        value = json.loads(value) if value.lstrip().startswith("{") else {"preset": value}
-    given = asdict(value) if isinstance(value, KIFConfig) else dict(value or {})
+    if isinstance(value, str) and not value.lstrip().startswith("{"):
+        value = {"preset": value}
+    elif isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"kif is neither a preset's name nor JSON ({error}): {value}") from error
+    given = asdict(value) if isinstance(value, KIFConfig) else {} if value is None else value
+    if not isinstance(given, Mapping):
+        raise ValueError(f"kif must be a KIFConfig, a dict of its fields or a string, got {value!r}")
+    given = dict(given)
     preset = given.pop("preset", "paper")
     known = {entry.name for entry in fields(KIFConfig)}
-    hints = get_type_hints(KIFConfig)
-    for name, entry in given.items():
+    for name in given:
         if name not in known:
             raise ValueError(f"kif has no switch {name!r}; there are preset, {', '.join(sorted(known))}")
-        # values that are named, and their bounds, are for KIFConfig to check
-        if not get_args(hints[name]) and (isinstance(entry, bool) or not isinstance(entry, (int, hints[name]))):
-            raise ValueError(f"kif.{name} must be of type {hints[name].__name__}, got {entry!r}")
     return KIFConfig.preset(preset, **given)
 
 
@@ -148,7 +153,10 @@ class MemoryStream(Iterator[Any]):
     def _fetch(self) -> Any:
         batches = self.open()
         with _memory_at_fault():
-            return next(batches, None)
+            batch = next(batches, None)
+            if isinstance(batch, Mapping) and not batch:
+                raise ValueError("its rows have no column that the model takes")
+            return batch
 
     @_memory_at_fault()
     def open(self) -> Iterator[Any]:
@@ -230,7 +238,10 @@ class KIFOptimizer(torch.optim.Optimizer):
         return {**super().state_dict(), "kif": kif}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue. Raises: ValueError for a state of another optimizer, or with memory where there is none."""
+        """Continue.
+
+        Raises: ValueError for a state of another optimizer or other switches, or with memory where there is none.
+        """
         if "kif" not in state_dict:
             raise ValueError(
                 "the checkpoint's optimizer is not Recurrent-KIF's: train() without it, or with its Trainer"
@@ -254,9 +265,14 @@ class _Rounds(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        optimizer = self.trainer.kif_optimizer
+        scheduled = getattr(kwargs.get("lr_scheduler"), "optimizer", optimizer)
+        # accelerate's wrapper shows the groups of what it wraps
+        if scheduled.param_groups is not optimizer.param_groups:
+            raise ValueError(f"the scheduler is of another optimizer than Recurrent-KIF's: {_SCHEDULE}")
         # before the Trainer restores the random numbers of a checkpoint
-        if self.trainer.kif_optimizer.memory is not None:
-            self.trainer.kif_optimizer.memory.open()
+        if optimizer.memory is not None:
+            optimizer.memory.open()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = self.trainer.kif_optimizer
@@ -286,10 +302,10 @@ class KIFMixin:
         args: training arguments with those of `KIFArguments`.
         memory_dataset: rows of earlier tasks, in the form of the Trainer's (prepared) train_dataset; they are batched,
             shuffled and collated as these. See `draw_memory`.
-        Others as the Trainer; it makes the optimizer itself.
+        Others as the Trainer; it makes the optimizer itself, and `create_scheduler` the schedule.
 
-    Raises: TypeError for other arguments; ValueError for an optimizer, DeepSpeed, FSDP, DataParallel, and for answers
-        (GRPO, RLOO) that are used in several steps.
+    Raises: TypeError for other arguments; ValueError for an optimizer or a scheduler of another one, DeepSpeed, FSDP,
+        DataParallel, and for answers (GRPO, RLOO) that are used in several steps.
     """
 
     def __init__(self, model: Any = None, args: Any = None, *more: Any, memory_dataset: Any = None, **kwargs: Any):
@@ -297,9 +313,9 @@ class KIFMixin:
             raise TypeError(
                 f"args must be KIFTrainingArguments, or of a class derived from KIFArguments, got {type(args).__name__}"
             )
-        optimizer = (kwargs.get("optimizers") or (None, None))[0]
-        if optimizer is not None or kwargs.get("optimizer_cls_and_kwargs") is not None:
-            raise ValueError("Recurrent-KIF makes the optimizer; pass optimizers=(None, scheduler) or nothing")
+        given = (*(kwargs.get("optimizers") or ()), kwargs.get("optimizer_cls_and_kwargs"))
+        if any(entry is not None for entry in given):
+            raise ValueError(f"Recurrent-KIF makes the optimizer: leave out optimizers; {_SCHEDULE}")
         self.memory_dataset = memory_dataset
         self.kif_optimizer: KIFOptimizer
         if more:
@@ -320,7 +336,9 @@ class KIFMixin:
 
     @property
     def engine(self) -> RecurrentKIF:
-        """The engine of the task in training or trained last."""
+        """The engine of the task in training or trained last. Raises: AttributeError before `train()`."""
+        if not hasattr(self, "kif_optimizer"):
+            raise AttributeError("there is no engine yet: train() makes it, when training begins")
         return self.kif_optimizer.engine
 
     def create_accelerator_and_postprocess(self) -> None:

@@ -11,11 +11,13 @@ from ._ops import ops
 from .checks import (
     STATE_DTYPES,
     VALUE_DTYPES,
+    check_adamw,
     check_dtype,
     check_histogram,
     check_numel,
     check_same_shape,
     check_scalars,
+    check_table,
     check_unit,
 )
 from .fusion_table import PAPER, FusionTable
@@ -51,7 +53,7 @@ def gradient_state_(
         inv_scale: 0-d float32, the reciprocal of a loss scale (GradScaler).
         norm: 0-d float32, overwritten; default: it is not kept.
 
-    Raises: ValueError for a scalar that is not one, or elsewhere, or of another dtype.
+    Raises: ValueError for a scalar that is not one, or elsewhere, or of another dtype; for a max_norm below 0.
     """
     check_dtype({"grad": grad}, VALUE_DTYPES)
     reals = {"scale": scale, "inv_scale": inv_scale, "norm": norm}
@@ -60,6 +62,8 @@ def gradient_state_(
     check_dtype({"skip": skip}, (torch.bool,))
     check_dtype({"step": step}, (torch.float64,))
     check_dtype({"skipped": skipped}, (torch.int64,))
+    if not max_norm >= 0.0:
+        raise ValueError(f"max_norm must not be negative, got {max_norm}")
     ops.gradient_state_(grad, scale, skip, step, skipped, max_norm, inv_scale, norm)
 
 
@@ -180,8 +184,10 @@ def adamw_importance_(
         zero_grad: leave zeros in grad.
 
     Returns: weight.
-    Raises: ValueError as `importance_ema_`.
+    Raises: ValueError as `importance_ema_`; for lr, eps or weight_decay below 0 or not finite, betas outside [0, 1), a
+        step below 1. A tensor's value is not looked at.
     """
+    check_adamw(lr, betas, eps, weight_decay, step)
     shape, device = weight.shape, weight.device
     check_dtype({"weight": weight, "grad": grad}, VALUE_DTYPES)
     check_dtype({"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, (torch.float32,))
@@ -259,7 +265,8 @@ def importance_threshold(
             padding. Zeros never rank above a real score, so they do not change the result.
 
     Returns: 0-d tensor of importance's dtype on its device.
-    Raises: ValueError for an empty tensor, a density outside [0, 1] or a numel that does not fit.
+    Raises: ValueError for an empty tensor, a density outside [0, 1] (not where a tensor on a GPU holds it) or a numel
+        that does not fit.
     """
     n = check_numel(importance, numel)
     selection = StreamingThreshold(density, n, exact=exact, device=importance.device)
@@ -334,8 +341,9 @@ def fuse_(
         segments: every segment has thresholds of its own; elements outside of them stay as they are.
 
     Returns: theta.
-    Raises: ValueError for shapes, dtypes or devices that differ.
+    Raises: ValueError for shapes, dtypes or devices that differ, or a table of another form.
     """
+    check_table(table)
     check_dtype({"theta": theta, "theta_start": theta_start, "theta_inner": theta_inner}, (torch.float32,))
     scores = {
         "importance_in": importance_in,

@@ -30,6 +30,32 @@ def check_unit(name: str, value: float) -> None:
         raise ValueError(f"{name} must lie in [0, 1], got {value}")
 
 
+def check_not_negative(name: str, value: float) -> None:
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+
+
+def check_adamw(
+    lr: float | Tensor, betas: Sequence[float], eps: float, weight_decay: float, step: float | Tensor
+) -> None:
+    """The numbers that the host knows; tensors are not read."""
+    if not isinstance(lr, Tensor):
+        check_not_negative("lr", lr)
+    check_not_negative("eps", eps)
+    check_not_negative("weight_decay", weight_decay)
+    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+    if not isinstance(step, Tensor) and not 1 <= step < math.inf:
+        raise ValueError(f"step must be at least 1, which the first step is, got {step}")
+
+
+def check_table(table: Sequence[Sequence[float]]) -> None:
+    if len(table) != 4 or any(len(pair) != 2 or not all(map(math.isfinite, pair)) for pair in table):
+        raise ValueError(
+            f"table must hold four pairs of finite weights (both, inner_only, outer_only, neither), got {table}"
+        )
+
+
 def check_same_shape(of: str, shape: torch.Size, device: torch.device, tensors: Mapping[str, Tensor | None]) -> None:
     """Every given tensor has the shape of what is named `of`, and lies on the same device."""
     for name, tensor in tensors.items():

@@ -41,7 +41,9 @@ def _on_device(name: str) -> Callable[..., None]:
     written = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
 
     def run(*args: Any) -> None:
-        getattr(implementation(args[0].device.type), name)(*args)
+        # a parameter is written as the kernels write it, whatever the backend
+        with torch.no_grad():
+            getattr(implementation(args[0].device.type), name)(*args)
         # kernels write behind autograd's back: without this a graph made before would be run with the new values
         changed = [args[i] for i in written if args[i] is not None and not args[i].is_inference()]
         torch.autograd.graph.increment_version(changed)

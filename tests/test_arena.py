@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,6 +128,67 @@ def test_a_parameter_that_left_alone_is_named() -> None:
     arena.rebind()
     arena.check()
     assert not arena.segments[1].view(arena.data).any()
+
+
+def test_a_module_that_was_exchanged_is_named() -> None:
+    net = nn.Sequential(model(), nn.Linear(3, 2))
+    arena, first = ParameterArena.of(net), net[0][0]
+    net[0][0] = nn.Linear(5, 7)
+    for _ in range(2):
+        with pytest.raises(ArenaError, match=r"parameter 0\.0\.weight is no longer in the model.*make a new arena"):
+            arena.check()
+    net[0][0] = first
+    arena.check()
+    # a wrapper leaves the parameters in the model, under other names
+    net[0] = nn.Sequential(net[0])
+    arena.check()
+    net[0][0] = model()
+    with pytest.raises(ArenaError, match=r"parameter 0\.0\.weight is no longer in the model"):
+        arena.check()
+    net = model()
+    arena = ParameterArena.of(net)
+    del net[2].weight
+    with pytest.raises(ArenaError, match=r"parameter 2\.weight is no longer in the model"):
+        arena.check()
+
+
+def test_a_tied_module_that_was_exchanged_is_named() -> None:
+    net = nn.ModuleDict({"first": nn.Linear(4, 4), "inner": nn.Sequential(nn.Linear(4, 4))})
+    net.inner[0].weight = net.first.weight
+    arena, inner = ParameterArena.of(net), net.inner
+    net["inner"] = nn.Sequential(nn.Linear(4, 4))
+    net.inner[0].bias = inner[0].bias
+    for _ in range(2):
+        with pytest.raises(ArenaError, match=r"inner\.0\.weight was tied to first\.weight and no longer is"):
+            arena.check()
+    net["inner"] = nn.Sequential(inner)
+    arena.check()
+    net.inner[0][0].weight = nn.Parameter(torch.zeros(4, 4))
+    with pytest.raises(ArenaError, match=r"inner\.0\.0\.weight was tied to first\.weight"):
+        arena.check()
+
+
+def test_the_arena_is_copied_with_its_model_and_does_not_keep_it() -> None:
+    net = nn.Sequential(model(), nn.Linear(3, 2))
+    arena = ParameterArena.of(net)
+    for other, copied in (copy.deepcopy((net, arena)), pickle.loads(pickle.dumps((net, arena)))):
+        copied.check()
+        copied.data.add_(1.0)
+        assert torch.equal(other[0][0].weight, net[0][0].weight + 1.0)
+    alive = weakref.ref(net)
+    del net
+    gc.collect()
+    assert alive() is None
+    arena.check()
+
+
+def test_a_sparse_gradient_is_named() -> None:
+    net = nn.Sequential(nn.Embedding(4, 3, sparse=True))
+    arena = ParameterArena.of(net)
+    net.zero_grad()
+    net(torch.tensor([1])).sum().backward()
+    with pytest.raises(ArenaError, match=r"parameter 0\.weight has a sparse gradient.*without sparse=True"):
+        arena.check()
 
 
 def test_a_parameter_is_set_apart_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -340,6 +340,21 @@ def test_state_continues_before_the_fusion(counts: bool) -> None:
     assert 0 < a.kept[0] < a.arena.numel
 
 
+@pytest.mark.parametrize(
+    "switch", [{"outer_optimizer": "shared"}, {"score": "ema_uncertainty"}, {"inner_steps": 3}, {"density": 0.5}]
+)
+def test_state_of_other_switches_is_refused(switch: dict[str, Any]) -> None:
+    (name, value), (a, _), (b, _) = *switch.items(), engine(KIFConfig(**switch)), engine(KIFConfig())
+    state, before = a.state_dict(), b.arena.data.clone()
+    a.arena.data.add_(1.0)
+    with pytest.raises(ValueError, match=rf"kif\.{name}={value!r}, here it is {getattr(b.config, name)!r}: continue"):
+        b.load_state_dict(state)
+    assert torch.equal(b.arena.data, before)
+    a.load_state_dict(state)
+    del state["config"]  # as saved by earlier versions
+    a.load_state_dict(state)
+
+
 @pytest.mark.parametrize("change", ["inner step", "outer step", "fuse", "loading"])
 def test_a_backward_pass_through_old_weights_is_refused(change: str) -> None:
     kif, parameters = engine(KIFConfig(inner_steps=2, outer_steps=1))
@@ -370,6 +385,17 @@ def test_steps_out_of_order_are_refused() -> None:
         kif.inner_step(0.1)
 
 
+def test_a_learning_rate_out_of_range_changes_nothing() -> None:
+    kif, parameters = engine(KIFConfig())
+    feed(parameters, gradients(0))
+    before = copy.deepcopy(kif.state_dict())
+    for lr in (-0.1, math.nan):
+        with pytest.raises(ValueError, match="lr must be finite and not negative"):
+            kif.inner_step(lr)
+    assert torch.equal(kif.arena.data, before["arena"]["data"]) and kif.arena.grad.any()
+    assert not kif.inner_optimizer.state_dict()["steps"]
+
+
 def test_config_refuses_what_makes_no_sense() -> None:
     with pytest.raises(ValueError, match=r"kif\.density must lie"):
         KIFConfig(density=1.2)
@@ -377,5 +403,11 @@ def test_config_refuses_what_makes_no_sense() -> None:
         KIFConfig(outer_steps=0)
     with pytest.raises(ValueError, match=r"^kif.mask must be one of at_least, above, got 'abvoe'"):
         KIFConfig(mask="abvoe")  # type: ignore[arg-type]
+    for name, kind, value in (("density", "float", "0.2"), ("inner_steps", "int", 2.5), ("outer_steps", "int", True)):
+        with pytest.raises(ValueError, match=rf"^kif\.{name} must be of type {kind}, got {value!r}$"):
+            KIFConfig(**{name: value})
+    assert KIFConfig(density=1, inner_steps=np.int64(2)).density == 1  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"config must be a KIFConfig, got dict"):
+        RecurrentKIF.of(nn.Linear(2, 2), {"outer_steps": 4})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown preset 'papre'"):
         KIFConfig.preset("papre")

@@ -154,6 +154,23 @@ def test_operations_work_in_inference_mode() -> None:
     assert made.tolist() == normal.tolist() == [2.0] * 4
 
 
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+def test_a_parameter_is_written_as_a_tensor_is(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    monkeypatch.setenv("KIF_BACKEND", backend)
+    results = []
+    for kind in (torch.nn.Parameter, torch.Tensor):
+        make = Numbers()
+        weight, grad = kind(make()), make()
+        scores = kk.importance_ema_(make.scores(), weight, grad, 0.5)
+        kk.adamw_importance_(
+            weight, grad, make(), make.scores(), scores, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, step=2
+        )
+        kk.fuse_(weight, make(), make(), scores, make.scores(), torch.tensor(0.5), torch.tensor(0.5))
+        assert not scores.requires_grad and weight.grad_fn is None
+        results.append((weight.detach(), scores))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 def phases(
     weight: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor], scores: tuple[Tensor, Tensor], start: Tensor,
     inner: Tensor, state: tuple[Tensor, ...], kept: Tensor, density: float | Tensor,

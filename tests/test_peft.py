@@ -292,6 +292,21 @@ def test_a_trainable_adapter_that_is_not_active_is_refused(tiny_models: Folders)
         ParameterArena.of(model)
 
 
+@pytest.mark.parametrize("again", [True, False])
+def test_an_adapter_that_was_taken_away_is_named(tiny_models: Folders, again: bool) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj"])
+    model = get_peft_model(base_of(tiny_models, "llama"), config)
+    engine = RecurrentKIF.of(model)
+    if again:
+        model.delete_adapter("default")
+        model.add_adapter("default", config)
+        model.set_adapter("default")
+    else:
+        model = model.merge_and_unload()
+    with pytest.raises(ArenaError, match=r"q_proj\.lora_A\.default\.weight is no longer in the model"):
+        engine.inner_step(1e-3)
+
+
 def test_a_pair_that_two_layers_share(tiny_models: Folders, tmp_path: Path) -> None:
     model = get_peft_model(base_of(tiny_models, "llama"), LoraConfig(r=4, target_modules=["q_proj", "k_proj"]))
     attention = model.base_model.model.model.layers[0].self_attn

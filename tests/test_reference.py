@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -248,6 +249,35 @@ def test_wrong_input_is_named() -> None:
         kk.importance_threshold(torch.zeros(0), 0.5)
     with pytest.raises(ValueError, match="importance_out has shape"):
         kk.fuse_(a, a.clone(), a.clone(), a, b, a[0], a[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", math.nan), ("lr", -0.1), ("lr", math.inf), ("betas", (1.0, 0.99)), ("betas", (0.9, math.nan)),
+        ("betas", (0.9,)), ("eps", -1e-8), ("weight_decay", -0.1), ("weight_decay", math.nan),
+        ("step", 0), ("step", -3),
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range_are_named(name: str, value: Any) -> None:
+    weight, options = torch.ones(3), {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "step": 1}
+    with pytest.raises(ValueError, match=rf"^{name} must be "):
+        kk.adamw_importance_(weight, *torch.ones(3, 3), None, **{**options, name: value})
+    assert weight.tolist() == [1.0] * 3
+
+
+def test_other_numbers_out_of_range_are_named() -> None:
+    ones, threshold = torch.ones(3), torch.tensor(0.5)
+    for density in (math.nan, -0.5, 1.5):
+        with pytest.raises(ValueError, match=r"density must lie in \[0, 1\]"):
+            kk.importance_threshold(ones, torch.tensor(density))
+    for table in (kk.PAPER[:2], (*kk.PAPER[:3], (1.0,)), (*kk.PAPER[:3], (1.0, math.nan))):
+        with pytest.raises(ValueError, match="table must hold four pairs"):
+            kk.fuse_(ones, *torch.ones(4, 3), threshold, threshold, table)  # type: ignore[arg-type]
+    state = threshold.clone(), torch.tensor(False), torch.tensor(0.0, dtype=torch.float64), torch.tensor(0)
+    for norm in (-1.0, math.nan):
+        with pytest.raises(ValueError, match="max_norm must not be negative"):
+            kk.gradient_state_(ones, *state, max_norm=norm)
 
 
 def test_backend_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

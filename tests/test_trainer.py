@@ -206,11 +206,13 @@ def test_resuming_ends_bit_for_bit_alike(tiny_models: dict[str, Path], tmp_path:
     assert saved["memory"] == {"epoch": 1, "position": 1} and saved["inner_done"] == step % 3
 
 
-def test_a_checkpoint_needs_its_memory(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_checkpoint_needs_its_memory_and_switches(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     lm, _ = load(tiny_models)
     train(lm, tmp_path, save_strategy="steps", save_steps=8)
     with pytest.raises(ValueError, match="memory_dataset"):
         train(load(tiny_models)[0], tmp_path, memory=0, resume=True)
+    with pytest.raises(ValueError, match=r"kif\.outer_steps=2, here it is 1"):
+        train(load(tiny_models)[0], tmp_path, resume=True, kif=KIFConfig(inner_steps=3, outer_steps=1))
 
 
 def test_the_gradient_is_clipped_once_and_scored_unclipped(tiny_models: dict[str, Path], tmp_path: Path) -> None:
@@ -396,6 +398,10 @@ def test_the_callback_refuses_what_it_cannot_do() -> None:
         KIFCallback(alpha=1.5)
     with pytest.raises(ValueError, match="train first"):
         KIFCallback().mask(0.2)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 1)).double()
+    model(torch.ones(1, 2).double()).sum().backward()
+    with pytest.raises(ValueError, match=r"cannot score parameter 0\.weight: weight must be float32 .* got float64"):
+        KIFCallback().on_pre_optimizer_step(None, None, None, model=model)
 
 
 def test_arguments_survive_to_dict_and_the_command_line(tmp_path: Path) -> None:
@@ -423,6 +429,8 @@ def test_arguments_survive_to_dict_and_the_command_line(tmp_path: Path) -> None:
         ({"kif": {"inner_steps": 2.5}}, "of type int"),
         ({"kif": {"fusion": "all"}}, "must be one of paper"),
         ({"kif": "paper2"}, "unknown preset"),
+        ({"kif": '{"outer_steps": 4'}, r"kif is neither a preset's name nor JSON \(Expecting .*: {\"outer_steps\": 4"),
+        ({"kif": 5}, r"kif must be a KIFConfig, .* got 5"),
         ({"outer_learning_rate": 0.0}, "outer_learning_rate"),
         ({"optim": "adafactor"}, "adafactor"),
         ({"fp16": True}, "fp16"),
@@ -450,6 +458,16 @@ def test_the_trainer_refuses(tmp_path: Path) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     with pytest.raises(ValueError, match="makes the optimizer"):
         KIFTrainer(model=model, args=args, optimizers=(optimizer, None))
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    with pytest.raises(ValueError, match=r"leave out optimizers; .*lr_scheduler_type .*override create_scheduler"):
+        KIFTrainer(model=model, args=args, optimizers=(None, schedule))
+    trainer = KIFTrainer(model=model, args=args)
+    with pytest.raises(AttributeError, match=r"no engine yet: train\(\) makes it"):
+        _ = trainer.engine
+    trainer.create_optimizer()
+    trainer.callback_handler.lr_scheduler = schedule
+    with pytest.raises(ValueError, match="scheduler is of another optimizer"):
+        trainer.callback_handler.on_train_begin(args, trainer.state, trainer.control)
     args._n_gpu = 2
     with pytest.raises(ValueError, match="torchrun"):
         KIFTrainer(model=model, args=args)
@@ -570,6 +588,11 @@ def test_running_out_of_memory_is_not_the_memory_datasets_fault() -> None:
 
     with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA"):
         next(MemoryStream(batches()))
+
+
+def test_memory_rows_without_a_column_that_the_model_takes() -> None:
+    with pytest.raises(ValueError, match=r"(?s)memory_dataset .*prepared as .*no column that the model takes"):
+        next(MemoryStream([{}]))
 
 
 def test_names_are_exported() -> None:
