@@ -6,6 +6,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from kif.distributed import broadcast_, first_process_first, local_device, world
 from kif.evaluate import check_scoring
 from kif.families import LanguageModel
 from kif.faults import less_memory_in_loading, memory_advice
-from kif.files import write_json
+from kif.files import LOCK, claimed, write_json
 from kif.layers import check_liger
 from kif.memory_data import read_memory_data
 from kif.methods import METHODS, Method
@@ -109,9 +110,9 @@ def train(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
     old tasks whose data are gone are not scored. Within `kif.distributed.process_group` all processes train together
     and the first one writes.
     Raises: ValueError or DataError before training for anything wrong in configuration or data, and where a run to
-        resume or to continue was begun with others; FileExistsError when the folder holds a run; FileNotFoundError
-        when there is nothing to resume or continue; `kif.faults.RunError` for no memory, a full disk, gradients that
-        are not finite; `kif.preemption.Preempted` after SIGTERM.
+        resume or to continue was begun with others; FileExistsError when the folder holds a run, or another process
+        writes one there; FileNotFoundError when there is nothing to resume or continue; `kif.faults.RunError` for no
+        memory, a full disk, gradients that are not finite; `kif.preemption.Preempted` after SIGTERM.
     """
     from kif.configfile import check_inputs
 
@@ -120,17 +121,20 @@ def train(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
         raise ValueError("shard_base splits the base over several processes: start them with torchrun, or leave it out")
     if config.resume and (Path(config.output) / RESULTS).is_file():
         return finished_results(config)
-    with preemption("nothing is written yet, start it again") as stop, without_cudnn():
-        return _train(config, progress, stop)
+    with preemption("nothing is written yet, start it again") as stop, without_cudnn(), ExitStack() as held:
+        return _train(config, progress, stop, held)
 
 
-def _train(config: RunConfig, progress: bool, stop: Preemption) -> dict[str, Any]:
+def _train(config: RunConfig, progress: bool, stop: Preemption, held: ExitStack) -> dict[str, Any]:
     from kif.configfile import dump_config
     from kif.doctor import environment
 
     output = Path(config.output)
     rank, size = world()
     with first_process_first():
+        # what is not there cannot be resumed
+        if rank == 0 and (not config.resume or output.is_dir()):
+            held.enter_context(claimed(output))
         if rank == 0 and not config.resume:
             check_unused(output)
         earlier = _earlier(config)
@@ -155,7 +159,6 @@ def _train(config: RunConfig, progress: bool, stop: Preemption) -> dict[str, Any
     identity = identity_of(config, tasks, lm, earlier.memory if earlier is not None else {})
     state = state_to_resume(config, checkpoints, identity, lm.device) if config.resume else None
     if rank == 0 and state is None:
-        output.mkdir(parents=True, exist_ok=True)
         dump_config(with_absolute_folders(config), output / "config.yaml")
         place = {"device": str(lm.device), "processes": size, "seed": config.seed}
         write_json(output / "environment.json", {**environment(), **place})
@@ -286,8 +289,8 @@ def evaluate_run(
 
 
 def check_unused(output: Path, advice: str = "choose another --output, remove it, or --resume the run in it") -> None:
-    """Raise FileExistsError for a folder that holds anything: a run never overwrites another."""
-    if output.exists() and any(output.iterdir()):
+    """Raise FileExistsError for a folder that holds anything but a lock: a run never overwrites another."""
+    if output.exists() and any(path.name != LOCK for path in output.iterdir()):
         raise FileExistsError(f"{output} is not empty: {advice}")
 
 

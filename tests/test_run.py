@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 
 from kif.config import KIFConfig, RunConfig
 from kif.configfile import ConfigError, load_config
+from kif.files import LOCK, claimed
 from kif.methods import METHODS
 from kif.run import evaluate_run, prepare_tasks, train
 from kif.tasks import DataError
@@ -244,6 +247,52 @@ def test_what_is_wrong_stops_the_run_before_training(
         evaluate_run(tmp_path / "nowhere", progress=False)
     with pytest.raises(ValueError, match="either an adapter folder or a checkpoint"):
         evaluate_run(run, adapter=run, checkpoint=1, progress=False)
+
+
+def test_two_processes_never_write_one_folder(
+    written: Path, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    good = config(written, tiny_models["t5"], run)
+    with claimed(run):
+        for resume in (False, True):
+            with pytest.raises(FileExistsError, match="run is being written by another process: choose another"):
+                train(replace(good, resume=resume), progress=False)
+    assert not run.exists(), "nothing was written there"
+    # the claim ends with the process that made it, and what that leaves is no run
+    kill = "import os, signal, sys; from pathlib import Path; from kif.files import claimed\n"
+    kill += "with claimed(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
+    subprocess.run([sys.executable, "-c", kill, str(run)], check=False)
+    assert [path.name for path in run.iterdir()] == [LOCK]
+    seen: list[list[str]] = []
+
+    def tasks_of(config: RunConfig) -> Any:
+        seen.append([path.name for path in run.iterdir()])
+        raise ValueError("enough")
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="enough"):
+        patch.setattr("kif.run.prepare_tasks", tasks_of)
+        train(good, progress=False)
+    assert seen == [[LOCK]] and list(run.iterdir()) == []
+
+
+def test_a_claim_needs_no_locks_and_says_what_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ValueError, match=r"file/run cannot be written: Not a directory; choose another --output"),
+        claimed(tmp_path / "file" / "run"),
+    ):
+        pass
+
+    def no_locks(*_: Any) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with claimed(tmp_path / "run"):
+        (tmp_path / "run" / "results.json").write_text("{}")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["results.json"]
 
 
 def test_three_real_tasks_end_to_end(benchmark_data: Path, tiny_models: dict[str, Path], tmp_path: Path) -> None:
