@@ -239,7 +239,7 @@ def evaluate_run(
     progress: bool = True,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Score a saved adapter of a finished run on the tasks of its configuration.
+    """Score a saved adapter of a run on the tasks that it learned, those that the data folder holds.
 
     Within `kif.distributed.process_group` the processes share the rows, and with `shard_base` the base model, and each
     returns the whole result.
@@ -251,7 +251,8 @@ def evaluate_run(
         progress: show a progress bar.
         changes: configuration fields to replace, such as eval_split, eval_mode, limit_eval or data.
     Returns: {"adapter", "tasks", "scores" (percent, in training order), "op" (their mean), "seconds"}.
-    Raises: FileNotFoundError naming the missing file; ValueError for adapter and checkpoint both.
+    Raises: FileNotFoundError naming the missing file; ValueError for adapter and checkpoint both, and where the data
+        folder holds none of the tasks, or one with another metric or other labels.
     """
     from kif.configfile import check_inputs, load_config
 
@@ -261,8 +262,16 @@ def evaluate_run(
     config = check_inputs(replace(trained, **changes))
     if config.eval_split == "heldout" and trained.eval_split != "heldout":
         raise ValueError(f"{run} was trained on all training rows: none are held out to score (eval_split heldout)")
-    # a continued run was trained on tasks that its configuration does not name
-    tasks = known_tasks(config, stored.read_tasks(run)[0]) if config.continue_from else prepare_tasks(config)
+    if config.continue_from or (run / stored.TASKS).is_file():
+        # the data may have got further tasks, and a continued run's configuration names its own only
+        data_folder(config)
+        tasks = known_tasks(config, stored.read_tasks(run)[0])
+    else:
+        # a run that is not finished, whose checkpoints can be scored
+        tasks = prepare_tasks(config)
+    scored = [task for task in tasks if task.train]
+    if not scored:
+        raise ValueError(f"{config.data} holds none of the tasks of {run}: {', '.join(task.name for task in tasks)}")
     folder = adapter or adapter_folder(run, [task.name for task in tasks], checkpoint)
     rank, size = world()
     config = replace(config, device=local_device(config.device))
@@ -272,9 +281,8 @@ def evaluate_run(
     cache = TokenCache(cache_folder(config.cache_dir))
     start = time.perf_counter()
     scores = []
-    scored = [task for task in tasks if task.train]
-    if not scored:
-        raise ValueError(f"{config.data} holds none of the tasks of {run}: {', '.join(task.name for task in tasks)}")
+    if rank == 0:
+        _warn_of_absent(config, tasks)
     with Progress(progress and rank == 0) as bar:
         for task in scored:
             bar.start(f"scoring {task.name}")
@@ -326,11 +334,9 @@ def _still_valid(config: RunConfig, earlier: Earlier, tasks: Sequence[Task]) -> 
     valid = {
         known.name for known, task in old if same and known.scored == stored.rows_key(task, eval_rows(config, task))
     }
-    absent = [task.name for task in tasks if not task.train]
     changed = [task.name for _, task in old if task.name not in valid]
     if world()[0] == 0:
-        if absent:
-            warnings.warn(f"not scored, since {config.data} does not hold them: {', '.join(absent)}", stacklevel=3)
+        _warn_of_absent(config, tasks)
         if changed:
             warnings.warn(
                 f"scored otherwise than in {earlier.run}, so without its scores: {', '.join(changed)}", stacklevel=3
@@ -339,3 +345,9 @@ def _still_valid(config: RunConfig, earlier: Earlier, tasks: Sequence[Task]) -> 
     return replace(
         earlier, accuracy=accuracy, zero_shot={name: s for name, s in earlier.zero_shot.items() if name in valid}
     )
+
+
+def _warn_of_absent(config: RunConfig, tasks: Sequence[Task]) -> None:
+    absent = [task.name for task in tasks if not task.train]
+    if absent:
+        warnings.warn(f"not scored, since {config.data} does not hold them: {', '.join(absent)}", stacklevel=4)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import write_tasks
 
 from kif.config import KIFConfig, RunConfig
 from kif.configfile import ConfigError, load_config
@@ -175,6 +176,27 @@ def test_rows_that_were_trained_on_are_not_scored_as_held_out(
         evaluate_run(tmp_path / "all", progress=False, eval_split="heldout")
     results = train(config(written, tiny_models["bert"], tmp_path / "part", eval_split="heldout"), progress=False)
     assert evaluate_run(tmp_path / "part", progress=False)["op"] == results["op"]
+
+
+def test_only_tasks_that_were_learned_are_scored(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """An encoder's classes are those of all its tasks, so that a further one would change the others' scores."""
+    data, run = write_tasks(tmp_path / "data"), tmp_path / "run"
+    (data / "orders.json").write_text(json.dumps({"abc": {"tasks": ["moods", "sizes"]}}))
+    results = train(config(data, tiny_models["bert"], run, steps_per_task=2), progress=False)
+    (data / "orders.json").write_text(json.dumps({"abc": {"tasks": ["colours", "moods", "sizes"]}}))
+    again = evaluate_run(run, progress=False)
+    assert (again["tasks"], again["scores"]) == (["moods", "sizes"], [row[1] for row in results["accuracy"]])
+    (data / "moods").rename(tmp_path / "moods")
+    with pytest.warns(UserWarning, match="not scored, since .*data does not hold them: moods"):
+        assert evaluate_run(run, progress=False)["scores"] == again["scores"][1:]
+    (data / "sizes").rename(tmp_path / "sizes")
+    with pytest.raises(ValueError, match=r"data holds none of the tasks of .*run: moods, sizes"):
+        evaluate_run(run, progress=False)
+    # of a run that is not finished, its configuration says what its checkpoints are scored on
+    (run / "tasks.json").unlink()
+    (data / "orders.json").write_text(json.dumps({"abc": {"tasks": ["colours"]}}))
+    (run / "checkpoints" / "task-01-moods").rename(run / "checkpoints" / "task-01-colours")
+    assert evaluate_run(run, checkpoint=1, progress=False)["tasks"] == ["colours"]
 
 
 def test_data_comes_from_the_environment_and_folders_become_absolute(
