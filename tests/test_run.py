@@ -252,6 +252,7 @@ def test_what_is_wrong_stops_the_run_before_training(
         ({"model": str(tmp_path / "nosuch")}, ValueError, "no such folder"),
         ({"device": "cuda:99"}, ValueError, "not available"),
         ({"device": "gpu"}, ValueError, "unknown device"),
+        ({"device": "meta"}, ValueError, "'meta' is not supported; use auto, cpu"),
         ({"max_length": 3}, ValueError, "no room for the input"),
     ]
     for change, error, message in cases:
