@@ -303,13 +303,15 @@ def check_unused(output: Path, advice: str = "choose another --output, remove it
 
 
 def warn_unused(config: RunConfig, method: Method) -> None:
-    """Warn of fields that were set although the method or the model's family makes no use of them."""
+    """Warn of fields that were set although the method, the model's family or other fields make no use of them."""
     default = RunConfig()
     others = [section for section in SECTIONS if section != method.section]
     names = (*method.unused, *method.lm.unused, *others)
     unused = [name for name in names if getattr(config, name) != getattr(default, name)]
     if unused:
         warnings.warn(f"no effect with {method.name} and this model: {', '.join(unused)}", stacklevel=3)
+    if config.holdout != default.holdout and config.eval_split != "heldout":
+        warnings.warn(f"holdout has no effect with eval_split {config.eval_split}", stacklevel=3)
 
 
 def _all_tasks(config: RunConfig, earlier: Earlier | None) -> tuple[list[Task], list[Task]]:

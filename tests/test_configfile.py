@@ -13,7 +13,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kif.config import PRESETS, KIFConfig, L2PConfig, RunConfig
-from kif.configfile import ConfigError, _KIFOptions, check_inputs, dump_config, load_config, nearest, parse_run_config
+from kif.configfile import (
+    ConfigError,
+    _KIFOptions,
+    changed,
+    check_inputs,
+    dump_config,
+    load_config,
+    nearest,
+    parse_run_config,
+)
 
 BASICS = ["--model", "m", "--data", "d"]
 
@@ -98,6 +107,26 @@ def test_order_and_tasks_replace_each_other(
     assert (config.order, config.tasks) == (order, tasks)
 
 
+def test_epochs_alone_replace_steps_of_lower_precedence(tmp_path: Path) -> None:
+    given = ["--config", str(write(tmp_path, "steps_per_task: 4\n"))]
+    for options, steps in (([], 4), (["--epochs", "3"], None), (["--epochs=3", "--steps_per_task=5"], 5)):
+        config = parse_run_config([*BASICS, *given, *options])
+        assert (config.epochs, config.steps_per_task) == (3 if options else 10, steps)
+    dump_config(RunConfig(steps_per_task=4), tmp_path / "config.yaml")
+    more = write(tmp_path, f"continue_from: {tmp_path}\nepochs: 3\n")
+    config = parse_run_config([*BASICS, "--config", str(more)])
+    assert (config.epochs, config.steps_per_task) == (3, None)
+    config = changed(RunConfig(steps_per_task=4), {"epochs": "3"}, "here")
+    assert (config.epochs, config.steps_per_task) == (3, None)
+
+
+def test_a_field_of_the_own_method_is_suggested() -> None:
+    config = RunConfig(method="tasl")
+    for name, message in (("decya", "'tasl.decay'"), ("quantil", "'tasl.quantile'"), ("sede", "'seed'")):
+        with pytest.raises(ConfigError, match=f"^here: unknown field '{name}'; did you mean {message}"):
+            changed(config, {name: "1"}, "here")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -150,6 +179,9 @@ def test_unreadable_files_are_refused_by_name(tmp_path: Path) -> None:
         (["--lr", "nan"], "command line: field 'lr': .*finite"),
         (["--kif.density", "3"], r"command line: kif.density must lie in \[0, 1\]"),
         (["--kif.preset", "relesed-code"], "unknown preset 'relesed-code'; did you mean 'released-code'"),
+        (["--steps", "3"], "unknown option '--steps'; did you mean '--steps-per-task'"),
+        (["--desity", "3"], "unknown option '--desity'; did you mean '--kif.density'"),
+        (["--method", "KIF"], "command line: unknown method 'KIF'; did you mean 'kif'"),
         (["--method", "mlt"], "command line: unknown method 'mlt'; did you mean 'mtl'"),
         (["--order", "1", "--tasks", "a"], "command line: give either order or tasks"),
     ],

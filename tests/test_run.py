@@ -212,8 +212,11 @@ def test_data_comes_from_the_environment_and_folders_become_absolute(
 
 
 def test_fields_without_effect_are_named(written: Path, tiny_models: dict[str, Path], tmp_path: Path) -> None:
-    options: dict[str, Any] = {"method": "seqlora", "kif": KIFConfig(density=0.5), "head": "linear"}
-    with pytest.warns(UserWarning, match="no effect with seqlora and this model: head, kif"):
+    options: dict[str, Any] = {"method": "seqlora", "kif": KIFConfig(density=0.5), "head": "linear", "holdout": 0.4}
+    with (
+        pytest.warns(UserWarning, match="no effect with seqlora and this model: head, kif"),
+        pytest.warns(UserWarning, match="holdout has no effect with eval_split test"),
+    ):
         train(config(written, tiny_models["t5"], tmp_path / "run", **options), progress=False)
 
 
