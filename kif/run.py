@@ -42,7 +42,7 @@ from kif.resume import (
 from kif.runlog import RunLog
 from kif.stored import Earlier, KnownTask
 from kif.tasks import Task, hold_out, limit_rows, load_order, load_tasks
-from kif.tokenization import TokenCache, cache_folder, check_origin
+from kif.tokenization import cache_folder, check_origin, token_cache
 from kif.training import Training, adapter_folder, eval_rows, evaluate_task
 
 DATA_SEED = 0
@@ -142,7 +142,7 @@ def _train(config: RunConfig, progress: bool, stop: Preemption, held: ExitStack)
     adapter_tasks = earlier.adapter_tasks if earlier is not None else len(tasks)
     with memory_advice(f"loading {config.model}", less_memory_in_loading(config)):
         lm, method = _load(config, tasks, earlier, adapter_tasks)
-    cache = TokenCache(cache_folder(config.cache_dir))
+    cache = token_cache(config.cache_dir)
     with first_process_first():
         encoded = {task.name: cache.encode(lm, task, task.train) for task in new}
         scored = [task for task in tasks if task.train]
@@ -278,7 +278,7 @@ def evaluate_run(
     labels = {task.name: task.labels for task in tasks}
     lm = load_language_model(config, labels, adapter=folder, shard=config.shard_base and size > 1)
     METHODS[config.method].attach(lm, config, folder)
-    cache = TokenCache(cache_folder(config.cache_dir))
+    cache = token_cache(config.cache_dir)
     start = time.perf_counter()
     scores = []
     if rank == 0:
