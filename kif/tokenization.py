@@ -33,7 +33,10 @@ PROBES = ("The quick brown fox, 12.5% of 1990!\n\tQ: Why?", "Straße, cœur, na�
 
 
 def cache_folder(folder: str | Path | None = None) -> Path:
-    """`folder`, or `kif` in the user's cache folder (XDG_CACHE_HOME, else ~/.cache). Raises: ValueError without a home."""
+    """`folder`, or `kif` in the user's cache folder (XDG_CACHE_HOME, else ~/.cache).
+
+    Raises: ValueError without a home folder.
+    """
     try:
         if folder is not None:
             return Path(folder).expanduser()

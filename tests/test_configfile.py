@@ -6,13 +6,13 @@ import string
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kif.config import PRESETS, KIFConfig, L2PConfig, RunConfig
+from kif.config import PRESETS, EWCConfig, KIFConfig, L2PConfig, RunConfig
 from kif.configfile import (
     ConfigError,
     _KIFOptions,
@@ -53,10 +53,23 @@ def test_values_given_in_python_are_checked_too(monkeypatch: pytest.MonkeyPatch,
     for options, message in (
         ({"precision": "bfloat16"}, "^precision must be one of fp32, bf16, fp16, got 'bfloat16'"),
         ({"eval_mode": "ranks"}, "^eval_mode must be one of generate, rank, got"),
+        ({"lr": "1e-3"}, "^lr must be of type float, got '1e-3'"),
+        ({"lr": float("nan")}, "^lr must be of type float, got nan"),
+        ({"epochs": 2.5}, r"^epochs must be of type int, got 2\.5"),
+        ({"seed": True}, "^seed must be of type int, got True"),
+        ({"resume": 1}, "^resume must be of type bool, got 1"),
+        ({"tasks": "mood"}, r"^tasks must be of type list\[str\], got 'mood'"),
+        ({"limit_eval": "4"}, r"^limit_eval must be of type int \| None, got '4'"),
+        ({"rank_pattern": {"q": "4"}}, r"^rank_pattern must be of type dict\[str, int\] \| None, got"),
+        ({"kif": {"outer_steps": 2}}, "^kif must be of type KIFConfig, got {'outer_steps': 2}"),
         ({"seed": 2**32}, r"^seed must lie in \[0, 2\^32\), got 4294967296"),
     ):
         with pytest.raises(ValueError, match=message):
             RunConfig(**options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^ewc.strength must be of type float, got '1'"):
+        EWCConfig(strength="1")  # type: ignore[arg-type]
+    given: Any = {"data": Path("d"), "output": Path("o"), "target_modules": ("q", "v"), "weight_decay": 0}
+    assert (RunConfig(**given).data, RunConfig(**given).output) == ("d", "o")
     with pytest.raises(ValueError, match=r"^l2p.init must be one of uniform, vocabulary, got 'random'"):
         L2PConfig(init="random")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="unknown method 'ewv'; did you mean 'ewc'"):
