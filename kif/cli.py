@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from kif.doctor import extra_of
-from kif.faults import PREEMPTED, Preempted, RunError
+from kif.faults import FULL, PREEMPTED, Preempted, RunError
 
 Command = Callable[[Sequence[str]], int]
 
@@ -26,6 +26,10 @@ Command = Callable[[Sequence[str]], int]
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status; `argv` defaults to the process's own arguments."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # closed, as by `>&-`: what is said there is for nobody
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # a terminal that cannot show a character of a table is no reason to fail
@@ -41,8 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         return _complain(str(stop), PREEMPTED)
     except SystemExit as stop:  # argparse and tyro: --help, or a message already printed
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except KeyboardInterrupt:
-        return _complain("interrupted", 130)
+    except KeyboardInterrupt as stop:
+        return _complain(": ".join(["interrupted", *map(str, stop.args)]), 130)
     except BrokenPipeError:  # the reader of our output went away, as in `kif methods | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -54,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     except RunError as error:
         return _complain(f"failed: {error}", 1)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return _complain(f"failed: {error}", 1)
         return _complain(str(error), 2) if _refused(error) else _failed(error)
 
 

@@ -6,9 +6,11 @@ overrides are in `kif.configfile`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from math import isfinite
 from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -65,11 +67,7 @@ class KIFConfig:
     outer_optimizer: Literal["own", "shared"] = "own"
 
     def __post_init__(self) -> None:
-        _check_choices("kif.", self)
-        for name, kind in get_type_hints(KIFConfig).items():
-            value, numbers = getattr(self, name), {int: Integral, float: Real}.get(kind)
-            if numbers is not None and (isinstance(value, bool) or not isinstance(value, numbers)):
-                raise ValueError(f"kif.{name} must be of type {kind.__name__}, got {value!r}")
+        _check_values("kif.", self)
         for name in ("inner_steps", "outer_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"kif.{name} must be at least 1, got {getattr(self, name)}")
@@ -294,15 +292,35 @@ class LFPT5Config:
 
 
 @cache
-def _choices(kind: type) -> dict[str, tuple[Any, ...]]:
-    """The values that fields of a configuration may take, of those that name them."""
-    return {name: get_args(hint) for name, hint in get_type_hints(kind).items() if get_origin(hint) is Literal}
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
-def _check_choices(prefix: str, config: Any) -> None:
-    for name, values in _choices(config.__class__).items():
-        if getattr(config, name) not in values:
-            raise ValueError(f"{prefix}{name} must be one of {', '.join(values)}, got {getattr(config, name)!r}")
+def _check_values(prefix: str, config: Any) -> None:
+    """Raise ValueError for a field whose value is not of its type, or none of those that its type lists."""
+    for name, hint in _hints(config.__class__).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise ValueError(f"{prefix}{name} must be one of {', '.join(get_args(hint))}, got {value!r}")
+        if not _fits(value, hint):
+            kind = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+            raise ValueError(f"{prefix}{name} must be of type {kind}, got {value!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type; lists may be tuples, and true and false are no numbers."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return value in inner
+    if kind is list:
+        return isinstance(value, (list, tuple)) and all(_fits(item, inner[0]) for item in value)
+    if kind is dict:
+        return isinstance(value, dict) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+    if inner:
+        return any(_fits(value, one) for one in inner)
+    if hint is float:
+        return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
+    return isinstance(value, Integral if hint is int else hint) and (hint is bool or not isinstance(value, bool))
 
 
 def _check(
@@ -313,7 +331,7 @@ def _check(
     fractions: Sequence[str] = (),
     positive: Sequence[str] = (),
 ) -> None:
-    _check_choices(f"{section}.", config)
+    _check_values(f"{section}.", config)
     for name in (*at_least_0, *fractions, *positive):
         value = getattr(config, name)
         if name in positive and value <= 0:
@@ -498,7 +516,10 @@ class RunConfig:
     lfpt5: LFPT5Config = field(default_factory=LFPT5Config)
 
     def __post_init__(self) -> None:
-        _check_choices("", self)
+        for name in ("model", "data", "output", "continue_from", "memory_data", "cache_dir"):
+            if isinstance(getattr(self, name), os.PathLike):
+                setattr(self, name, os.fspath(getattr(self, name)))
+        _check_values("", self)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2^32), got {self.seed}")
         positive = (

@@ -20,8 +20,11 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from kif.config import PRESETS, SECTIONS, KIFConfig, RunConfig
 
-# Names of the same thing in transformers' TrainingArguments that difflib would not connect.
-_SYNONYMS = {"learning_rate": "lr", "num_train_epochs": "epochs", "max_steps": "steps_per_task", "bf16": "precision"}
+# Names of the same thing, most of them in transformers' TrainingArguments, that difflib would not connect.
+_SYNONYMS = {
+    "learning_rate": "lr", "num_train_epochs": "epochs", "max_steps": "steps_per_task", "steps": "steps_per_task",
+    "bf16": "precision",
+}  # fmt: skip
 
 
 OF_ONE_RUN = (
@@ -62,6 +65,7 @@ def parse_run_config(argv: Sequence[str]) -> RunConfig:
 
     `data` falls back to the environment variable KIF_DATA. A preset on the command line replaces the file's `kif`.
     With `--from RUN`, another name of `--continue-from`, what is not given comes from that run's own configuration.
+    `epochs` given alone replace a `steps_per_task` of lower precedence, beside which they would have no effect.
 
     Raises ConfigError as `load_config` does, for unknown options, and where model or data are not given. An
     option value of the wrong type, and --help, end in SystemExit after a message, as in argparse.
@@ -72,6 +76,8 @@ def parse_run_config(argv: Sequence[str]) -> RunConfig:
     early.add_argument("--config")
     early.add_argument("--kif.preset", dest="preset")
     early.add_argument("--continue-from", "--continue_from", dest="continue_from")
+    early.add_argument("--epochs")
+    early.add_argument("--steps-per-task", "--steps_per_task", dest="steps_per_task")
     argv = [re.sub(r"^--from(?==|$)", "--continue-from", argument) for argument in argv]
     chosen, _ = early.parse_known_args(argv)
     source = _read_yaml(Path(chosen.config).expanduser()) if chosen.config is not None else _Source("", {}, {})
@@ -80,12 +86,16 @@ def parse_run_config(argv: Sequence[str]) -> RunConfig:
         inherited = _read_yaml(Path(str(earlier)).expanduser() / "config.yaml").values
         own = {key for key in inherited if "kif.preset" in source.values and key.startswith("kif.")}
         left = {key: value for key, value in inherited.items() if key not in {*OF_ONE_RUN, *own}}
+        if "epochs" in source.values:
+            left.pop("steps_per_task", None)
         source.values = {**left, **source.values}
     if chosen.preset is not None:
         nearest_or_raise(chosen.preset, PRESETS, "command line: unknown preset")
         # a run's own config.yaml spells out every switch; a preset asked for here must not lose against them
         source.values = {key: value for key, value in source.values.items() if not key.startswith("kif.")}
         source.values["kif.preset"] = chosen.preset
+    if chosen.epochs is not None and chosen.steps_per_task is None:
+        source.values.pop("steps_per_task", None)
     base = _build(source.values, source.where)
     preset = source.values.get("kif.preset", "paper")
 
@@ -117,15 +127,19 @@ def parse_run_config(argv: Sequence[str]) -> RunConfig:
 def changed(config: RunConfig, changes: Mapping[str, str], where: str) -> RunConfig:
     """`config` with fields replaced, by dotted name and as text; lists are joined by "+".
 
-    Raises: ConfigError that begins with `where`.
+    `epochs` alone replace `steps_per_task`. Raises: ConfigError that begins with `where`.
     """
+    from kif.methods import METHODS
+
     flat: dict[str, Any] = {}
     for name, value in dataclasses.asdict(config).items():
         flat |= {f"{name}.{part}": inner for part, inner in value.items()} if name in SECTIONS else {name: value}
     for name, text in changes.items():
         if name not in flat:
-            raise ConfigError(f"{where}: unknown field {name!r}{_suggestion(name)}")
+            raise ConfigError(f"{where}: unknown field {name!r}{_suggestion(name, METHODS[config.method].section)}")
         flat[name] = text.split("+") if "list" in str(_types()[name]) else text
+    if "epochs" in changes and "steps_per_task" not in changes:
+        flat["steps_per_task"] = None
     return _build(flat, lambda key: where)
 
 
@@ -158,7 +172,7 @@ def full_method_name(name: str, problem: str = "unknown method") -> str:
     from kif.methods import ALIASES, METHODS
 
     name = ALIASES.get(name, name)
-    nearest_or_raise(name, METHODS, problem)
+    nearest_or_raise(name, [*METHODS, *ALIASES], problem)
     return name
 
 
@@ -329,14 +343,18 @@ def _converted(key: str, value: Any, hint: Any, where: str) -> Any:
         raise ConfigError(f"{where}: field {key!r}: {message[:1].lower()}{message[1:]}, got {value!r}") from error
 
 
-def _suggestion(key: str) -> str:
-    """The nearest valid field in words: below the same parent first, then anywhere."""
+def _suggestion(key: str, own: str | None = None) -> str:
+    """The nearest valid field in words: below a parent that is named, first there, then anywhere.
+
+    Of equal names below several parents, the one below the same or the `own` parent.
+    """
     section, _, leaf = key.rpartition(".")
     leaves = {name.rpartition(".")[2]: name for name in reversed(_types())}
-    same = {name.rpartition(".")[2]: name for name in _types() if name.rpartition(".")[0] == section}
+    same = {name.rpartition(".")[2]: name for name in _types() if name.rpartition(".")[0] in (section, own)}
     leaves |= same
     plain = leaf.lower().replace("-", "_")
-    found = plain if plain in leaves else nearest(leaf, same) or nearest(leaf, leaves)
+    close = nearest(leaf, same) if section else None
+    found = plain if plain in leaves else close or nearest(leaf, leaves)
     return f"; did you mean {leaves[found]!r}?" if found else "; `kif train --help` lists them all"
 
 

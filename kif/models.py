@@ -139,13 +139,18 @@ def family_of(model_config: Any) -> Family:
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device by its configured name; `auto` is the GPU if there is one. Raises: ValueError if there is none."""
+    """The device by its configured name; `auto` is the GPU if there is one.
+
+    Raises: ValueError if there is none, and for devices other than CPU and GPU.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from error
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r} is not supported; use auto, cpu, cuda or cuda:N")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         seen = torch.cuda.device_count() or "no"
         raise ValueError(f"device {device!r} is not available: torch sees {seen} GPU; use device auto or cpu")

@@ -239,10 +239,13 @@ def predict_file(
     """`Predictor.run` on a file, which may be a .gz, or on standard input for `-`, into a new file or to standard
     output; a score is told on standard error.
 
-    Raises: as Predictor; FileNotFoundError for the file, FileExistsError for an output that exists.
+    Raises: as Predictor; FileNotFoundError for the file, FileExistsError for an output that exists, ValueError where
+        standard input is closed.
     """
     if file != "-" and not Path(file).is_file():
         raise FileNotFoundError(f"{file} does not exist")
+    if file == "-" and sys.stdin is None:
+        raise ValueError("standard input is closed: name a file, or give lines there")
     if output is not None and output.exists():
         raise FileExistsError(f"{output} exists: choose another --output, or remove it")
     predictor = Predictor(run, task, checkpoint, **changes)

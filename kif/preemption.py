@@ -1,4 +1,7 @@
-"""SIGTERM, as Slurm sends it before it takes a machine away: the run saves its state and ends with status 143."""
+"""SIGTERM, as Slurm sends it before it takes a machine away: the run saves its state and ends with status 143.
+
+Ctrl-C ends it at once; how to go on is said as well.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,10 @@ class Preemption:
 
 @contextmanager
 def preemption(advice: str) -> Iterator[Preemption]:
-    """Handle SIGTERM for the body, and as before after it; in threads, which get no signals, it is left alone."""
+    """Handle SIGTERM for the body, and as before after it; in threads, which get no signals, it is left alone.
+
+    A KeyboardInterrupt passes with the advice as its text.
+    """
     stop = Preemption(advice)
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -64,5 +70,8 @@ def preemption(advice: str) -> Iterator[Preemption]:
     before = signal.signal(signal.SIGTERM, stop.handle)
     try:
         yield stop
+    except KeyboardInterrupt as interrupt:
+        interrupt.args = (stop.advice,)
+        raise
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)

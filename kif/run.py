@@ -6,6 +6,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from kif.distributed import broadcast_, first_process_first, local_device, world
 from kif.evaluate import check_scoring
 from kif.families import LanguageModel
 from kif.faults import less_memory_in_loading, memory_advice
-from kif.files import write_json
+from kif.files import LOCK, claimed, write_json
 from kif.layers import check_liger
 from kif.memory_data import read_memory_data
 from kif.methods import METHODS, Method
@@ -41,7 +42,7 @@ from kif.resume import (
 from kif.runlog import RunLog
 from kif.stored import Earlier, KnownTask
 from kif.tasks import Task, hold_out, limit_rows, load_order, load_tasks
-from kif.tokenization import TokenCache, cache_folder, check_origin
+from kif.tokenization import cache_folder, check_origin, token_cache
 from kif.training import Training, adapter_folder, eval_rows, evaluate_task
 
 DATA_SEED = 0
@@ -109,9 +110,9 @@ def train(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
     old tasks whose data are gone are not scored. Within `kif.distributed.process_group` all processes train together
     and the first one writes.
     Raises: ValueError or DataError before training for anything wrong in configuration or data, and where a run to
-        resume or to continue was begun with others; FileExistsError when the folder holds a run; FileNotFoundError
-        when there is nothing to resume or continue; `kif.faults.RunError` for no memory, a full disk, gradients that
-        are not finite; `kif.preemption.Preempted` after SIGTERM.
+        resume or to continue was begun with others; FileExistsError when the folder holds a run, or another process
+        writes one there; FileNotFoundError when there is nothing to resume or continue; `kif.faults.RunError` for no
+        memory, a full disk, gradients that are not finite; `kif.preemption.Preempted` after SIGTERM.
     """
     from kif.configfile import check_inputs
 
@@ -120,17 +121,20 @@ def train(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
         raise ValueError("shard_base splits the base over several processes: start them with torchrun, or leave it out")
     if config.resume and (Path(config.output) / RESULTS).is_file():
         return finished_results(config)
-    with preemption("nothing is written yet, start it again") as stop, without_cudnn():
-        return _train(config, progress, stop)
+    with preemption("nothing is written yet, start it again") as stop, without_cudnn(), ExitStack() as held:
+        return _train(config, progress, stop, held)
 
 
-def _train(config: RunConfig, progress: bool, stop: Preemption) -> dict[str, Any]:
+def _train(config: RunConfig, progress: bool, stop: Preemption, held: ExitStack) -> dict[str, Any]:
     from kif.configfile import dump_config
     from kif.doctor import environment
 
     output = Path(config.output)
     rank, size = world()
     with first_process_first():
+        # what is not there cannot be resumed
+        if rank == 0 and (not config.resume or output.is_dir()):
+            held.enter_context(claimed(output))
         if rank == 0 and not config.resume:
             check_unused(output)
         earlier = _earlier(config)
@@ -138,7 +142,7 @@ def _train(config: RunConfig, progress: bool, stop: Preemption) -> dict[str, Any
     adapter_tasks = earlier.adapter_tasks if earlier is not None else len(tasks)
     with memory_advice(f"loading {config.model}", less_memory_in_loading(config)):
         lm, method = _load(config, tasks, earlier, adapter_tasks)
-    cache = TokenCache(cache_folder(config.cache_dir))
+    cache = token_cache(config.cache_dir)
     with first_process_first():
         encoded = {task.name: cache.encode(lm, task, task.train) for task in new}
         scored = [task for task in tasks if task.train]
@@ -155,7 +159,6 @@ def _train(config: RunConfig, progress: bool, stop: Preemption) -> dict[str, Any
     identity = identity_of(config, tasks, lm, earlier.memory if earlier is not None else {})
     state = state_to_resume(config, checkpoints, identity, lm.device) if config.resume else None
     if rank == 0 and state is None:
-        output.mkdir(parents=True, exist_ok=True)
         dump_config(with_absolute_folders(config), output / "config.yaml")
         place = {"device": str(lm.device), "processes": size, "seed": config.seed}
         write_json(output / "environment.json", {**environment(), **place})
@@ -236,7 +239,7 @@ def evaluate_run(
     progress: bool = True,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Score a saved adapter of a finished run on the tasks of its configuration.
+    """Score a saved adapter of a run on the tasks that it learned, those that the data folder holds.
 
     Within `kif.distributed.process_group` the processes share the rows, and with `shard_base` the base model, and each
     returns the whole result.
@@ -248,7 +251,8 @@ def evaluate_run(
         progress: show a progress bar.
         changes: configuration fields to replace, such as eval_split, eval_mode, limit_eval or data.
     Returns: {"adapter", "tasks", "scores" (percent, in training order), "op" (their mean), "seconds"}.
-    Raises: FileNotFoundError naming the missing file; ValueError for adapter and checkpoint both.
+    Raises: FileNotFoundError naming the missing file; ValueError for adapter and checkpoint both, and where the data
+        folder holds none of the tasks, or one with another metric or other labels.
     """
     from kif.configfile import check_inputs, load_config
 
@@ -258,20 +262,27 @@ def evaluate_run(
     config = check_inputs(replace(trained, **changes))
     if config.eval_split == "heldout" and trained.eval_split != "heldout":
         raise ValueError(f"{run} was trained on all training rows: none are held out to score (eval_split heldout)")
-    # a continued run was trained on tasks that its configuration does not name
-    tasks = known_tasks(config, stored.read_tasks(run)[0]) if config.continue_from else prepare_tasks(config)
+    if config.continue_from or (run / stored.TASKS).is_file():
+        # the data may have got further tasks, and a continued run's configuration names its own only
+        data_folder(config)
+        tasks = known_tasks(config, stored.read_tasks(run)[0])
+    else:
+        # a run that is not finished, whose checkpoints can be scored
+        tasks = prepare_tasks(config)
+    scored = [task for task in tasks if task.train]
+    if not scored:
+        raise ValueError(f"{config.data} holds none of the tasks of {run}: {', '.join(task.name for task in tasks)}")
     folder = adapter or adapter_folder(run, [task.name for task in tasks], checkpoint)
     rank, size = world()
     config = replace(config, device=local_device(config.device))
     labels = {task.name: task.labels for task in tasks}
     lm = load_language_model(config, labels, adapter=folder, shard=config.shard_base and size > 1)
     METHODS[config.method].attach(lm, config, folder)
-    cache = TokenCache(cache_folder(config.cache_dir))
+    cache = token_cache(config.cache_dir)
     start = time.perf_counter()
     scores = []
-    scored = [task for task in tasks if task.train]
-    if not scored:
-        raise ValueError(f"{config.data} holds none of the tasks of {run}: {', '.join(task.name for task in tasks)}")
+    if rank == 0:
+        _warn_of_absent(config, tasks)
     with Progress(progress and rank == 0) as bar:
         for task in scored:
             bar.start(f"scoring {task.name}")
@@ -286,19 +297,21 @@ def evaluate_run(
 
 
 def check_unused(output: Path, advice: str = "choose another --output, remove it, or --resume the run in it") -> None:
-    """Raise FileExistsError for a folder that holds anything: a run never overwrites another."""
-    if output.exists() and any(output.iterdir()):
+    """Raise FileExistsError for a folder that holds anything but a lock: a run never overwrites another."""
+    if output.exists() and any(path.name != LOCK for path in output.iterdir()):
         raise FileExistsError(f"{output} is not empty: {advice}")
 
 
 def warn_unused(config: RunConfig, method: Method) -> None:
-    """Warn of fields that were set although the method or the model's family makes no use of them."""
+    """Warn of fields that were set although the method, the model's family or other fields make no use of them."""
     default = RunConfig()
     others = [section for section in SECTIONS if section != method.section]
     names = (*method.unused, *method.lm.unused, *others)
     unused = [name for name in names if getattr(config, name) != getattr(default, name)]
     if unused:
         warnings.warn(f"no effect with {method.name} and this model: {', '.join(unused)}", stacklevel=3)
+    if config.holdout != default.holdout and config.eval_split != "heldout":
+        warnings.warn(f"holdout has no effect with eval_split {config.eval_split}", stacklevel=3)
 
 
 def _all_tasks(config: RunConfig, earlier: Earlier | None) -> tuple[list[Task], list[Task]]:
@@ -323,11 +336,9 @@ def _still_valid(config: RunConfig, earlier: Earlier, tasks: Sequence[Task]) -> 
     valid = {
         known.name for known, task in old if same and known.scored == stored.rows_key(task, eval_rows(config, task))
     }
-    absent = [task.name for task in tasks if not task.train]
     changed = [task.name for _, task in old if task.name not in valid]
     if world()[0] == 0:
-        if absent:
-            warnings.warn(f"not scored, since {config.data} does not hold them: {', '.join(absent)}", stacklevel=3)
+        _warn_of_absent(config, tasks)
         if changed:
             warnings.warn(
                 f"scored otherwise than in {earlier.run}, so without its scores: {', '.join(changed)}", stacklevel=3
@@ -336,3 +347,9 @@ def _still_valid(config: RunConfig, earlier: Earlier, tasks: Sequence[Task]) -> 
     return replace(
         earlier, accuracy=accuracy, zero_shot={name: s for name, s in earlier.zero_shot.items() if name in valid}
     )
+
+
+def _warn_of_absent(config: RunConfig, tasks: Sequence[Task]) -> None:
+    absent = [task.name for task in tasks if not task.train]
+    if absent:
+        warnings.warn(f"not scored, since {config.data} does not hold them: {', '.join(absent)}", stacklevel=4)

@@ -33,10 +33,25 @@ PROBES = ("The quick brown fox, 12.5% of 1990!\n\tQ: Why?", "Straße, cœur, na�
 
 
 def cache_folder(folder: str | Path | None = None) -> Path:
-    """`folder`, or `kif` in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
-    if folder is not None:
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kif"
+    """`folder`, or `kif` in the user's cache folder (XDG_CACHE_HOME, else ~/.cache).
+
+    Raises: ValueError without a home folder.
+    """
+    try:
+        if folder is not None:
+            return Path(folder).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kif"
+    except RuntimeError as error:
+        raise ValueError(f"no cache folder: {error}; set HOME or XDG_CACHE_HOME, or give --cache-dir") from error
+
+
+def token_cache(folder: str | None) -> TokenCache:
+    """The cache in `cache_folder(folder)`; in memory only, with a warning, where there is no such folder."""
+    try:
+        return TokenCache(cache_folder(folder))
+    except ValueError as error:
+        warnings.warn(f"tokenised texts are not cached: {error}", stacklevel=2)
+        return TokenCache(None)
 
 
 class TokenCache:

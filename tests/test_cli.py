@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -268,3 +269,24 @@ def test_a_closed_pipe_is_no_traceback() -> None:
     )
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_closed_streams_are_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `kif methods >&- 2>&-`, where Python has None for both."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert (main(["methods"]), main(["report", "nowhere"])) == (0, 2)
+
+
+def test_a_closed_input_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["predict", "nowhere"]) == 2
+    assert "kif: standard input is closed: name a file" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_behind_the_output(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with monkeypatch.context() as patch, open("/dev/full", "wb", buffering=0) as full:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(full))
+        assert main(["methods"]) == 1
+    assert capsys.readouterr().err == "kif: failed: [Errno 28] No space left on device\n"

@@ -6,14 +6,23 @@ import string
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kif.config import PRESETS, KIFConfig, L2PConfig, RunConfig
-from kif.configfile import ConfigError, _KIFOptions, check_inputs, dump_config, load_config, nearest, parse_run_config
+from kif.config import PRESETS, EWCConfig, KIFConfig, L2PConfig, RunConfig
+from kif.configfile import (
+    ConfigError,
+    _KIFOptions,
+    changed,
+    check_inputs,
+    dump_config,
+    load_config,
+    nearest,
+    parse_run_config,
+)
 
 BASICS = ["--model", "m", "--data", "d"]
 
@@ -44,10 +53,23 @@ def test_values_given_in_python_are_checked_too(monkeypatch: pytest.MonkeyPatch,
     for options, message in (
         ({"precision": "bfloat16"}, "^precision must be one of fp32, bf16, fp16, got 'bfloat16'"),
         ({"eval_mode": "ranks"}, "^eval_mode must be one of generate, rank, got"),
+        ({"lr": "1e-3"}, "^lr must be of type float, got '1e-3'"),
+        ({"lr": float("nan")}, "^lr must be of type float, got nan"),
+        ({"epochs": 2.5}, r"^epochs must be of type int, got 2\.5"),
+        ({"seed": True}, "^seed must be of type int, got True"),
+        ({"resume": 1}, "^resume must be of type bool, got 1"),
+        ({"tasks": "mood"}, r"^tasks must be of type list\[str\], got 'mood'"),
+        ({"limit_eval": "4"}, r"^limit_eval must be of type int \| None, got '4'"),
+        ({"rank_pattern": {"q": "4"}}, r"^rank_pattern must be of type dict\[str, int\] \| None, got"),
+        ({"kif": {"outer_steps": 2}}, "^kif must be of type KIFConfig, got {'outer_steps': 2}"),
         ({"seed": 2**32}, r"^seed must lie in \[0, 2\^32\), got 4294967296"),
     ):
         with pytest.raises(ValueError, match=message):
             RunConfig(**options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^ewc.strength must be of type float, got '1'"):
+        EWCConfig(strength="1")  # type: ignore[arg-type]
+    given: Any = {"data": Path("d"), "output": Path("o"), "target_modules": ("q", "v"), "weight_decay": 0}
+    assert (RunConfig(**given).data, RunConfig(**given).output) == ("d", "o")
     with pytest.raises(ValueError, match=r"^l2p.init must be one of uniform, vocabulary, got 'random'"):
         L2PConfig(init="random")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="unknown method 'ewv'; did you mean 'ewc'"):
@@ -96,6 +118,26 @@ def test_order_and_tasks_replace_each_other(
 ) -> None:
     config = parse_run_config([*BASICS, "--config", str(write(tmp_path, text)), *options])
     assert (config.order, config.tasks) == (order, tasks)
+
+
+def test_epochs_alone_replace_steps_of_lower_precedence(tmp_path: Path) -> None:
+    given = ["--config", str(write(tmp_path, "steps_per_task: 4\n"))]
+    for options, steps in (([], 4), (["--epochs", "3"], None), (["--epochs=3", "--steps_per_task=5"], 5)):
+        config = parse_run_config([*BASICS, *given, *options])
+        assert (config.epochs, config.steps_per_task) == (3 if options else 10, steps)
+    dump_config(RunConfig(steps_per_task=4), tmp_path / "config.yaml")
+    more = write(tmp_path, f"continue_from: {tmp_path}\nepochs: 3\n")
+    config = parse_run_config([*BASICS, "--config", str(more)])
+    assert (config.epochs, config.steps_per_task) == (3, None)
+    config = changed(RunConfig(steps_per_task=4), {"epochs": "3"}, "here")
+    assert (config.epochs, config.steps_per_task) == (3, None)
+
+
+def test_a_field_of_the_own_method_is_suggested() -> None:
+    config = RunConfig(method="tasl")
+    for name, message in (("decya", "'tasl.decay'"), ("quantil", "'tasl.quantile'"), ("sede", "'seed'")):
+        with pytest.raises(ConfigError, match=f"^here: unknown field '{name}'; did you mean {message}"):
+            changed(config, {name: "1"}, "here")
 
 
 @pytest.mark.parametrize(
@@ -150,6 +192,9 @@ def test_unreadable_files_are_refused_by_name(tmp_path: Path) -> None:
         (["--lr", "nan"], "command line: field 'lr': .*finite"),
         (["--kif.density", "3"], r"command line: kif.density must lie in \[0, 1\]"),
         (["--kif.preset", "relesed-code"], "unknown preset 'relesed-code'; did you mean 'released-code'"),
+        (["--steps", "3"], "unknown option '--steps'; did you mean '--steps-per-task'"),
+        (["--desity", "3"], "unknown option '--desity'; did you mean '--kif.density'"),
+        (["--method", "KIF"], "command line: unknown method 'KIF'; did you mean 'kif'"),
         (["--method", "mlt"], "command line: unknown method 'mlt'; did you mean 'mtl'"),
         (["--order", "1", "--tasks", "a"], "command line: give either order or tasks"),
     ],

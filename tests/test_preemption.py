@@ -26,7 +26,7 @@ from kif.config import KIFConfig, RunConfig
 from kif.configfile import dump_config
 from kif.distributed import process_group
 from kif.faults import PREEMPTED, Preempted
-from kif.preemption import preemption
+from kif.preemption import Preemption, preemption
 from kif.run import train
 from kif.training import RunLog, Training
 
@@ -123,6 +123,19 @@ def test_a_run_that_saves_its_results_is_finished(
     before(monkeypatch, Training, "final", sigterm)
     train(settings(written, tiny_models["t5"], tmp_path / "run"), progress=False)
     assert outcome(tmp_path / "run") == whole
+
+
+def test_ctrl_c_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(config: RunConfig, progress: bool, stop: Preemption, held: Any) -> None:
+        stop.advice = "it goes on there"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "_train", interrupted)
+    options = ["--model", "m", "--data", "d", "--tasks", "a", "--output", str(tmp_path / "run")]
+    assert main(["train", *options]) == 130
+    assert capsys.readouterr().err == "kif: interrupted: it goes on there\n"
 
 
 def test_threads_leave_signals_alone() -> None:

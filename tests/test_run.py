@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import write_tasks
 
 from kif.config import KIFConfig, RunConfig
 from kif.configfile import ConfigError, load_config
+from kif.files import LOCK, claimed
 from kif.methods import METHODS
 from kif.run import evaluate_run, prepare_tasks, train
 from kif.tasks import DataError
@@ -174,6 +178,27 @@ def test_rows_that_were_trained_on_are_not_scored_as_held_out(
     assert evaluate_run(tmp_path / "part", progress=False)["op"] == results["op"]
 
 
+def test_only_tasks_that_were_learned_are_scored(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """An encoder's classes are those of all its tasks, so that a further one would change the others' scores."""
+    data, run = write_tasks(tmp_path / "data"), tmp_path / "run"
+    (data / "orders.json").write_text(json.dumps({"abc": {"tasks": ["moods", "sizes"]}}))
+    results = train(config(data, tiny_models["bert"], run, steps_per_task=2), progress=False)
+    (data / "orders.json").write_text(json.dumps({"abc": {"tasks": ["colours", "moods", "sizes"]}}))
+    again = evaluate_run(run, progress=False)
+    assert (again["tasks"], again["scores"]) == (["moods", "sizes"], [row[1] for row in results["accuracy"]])
+    (data / "moods").rename(tmp_path / "moods")
+    with pytest.warns(UserWarning, match="not scored, since .*data does not hold them: moods"):
+        assert evaluate_run(run, progress=False)["scores"] == again["scores"][1:]
+    (data / "sizes").rename(tmp_path / "sizes")
+    with pytest.raises(ValueError, match=r"data holds none of the tasks of .*run: moods, sizes"):
+        evaluate_run(run, progress=False)
+    # of a run that is not finished, its configuration says what its checkpoints are scored on
+    (run / "tasks.json").unlink()
+    (data / "orders.json").write_text(json.dumps({"abc": {"tasks": ["colours"]}}))
+    (run / "checkpoints" / "task-01-moods").rename(run / "checkpoints" / "task-01-colours")
+    assert evaluate_run(run, checkpoint=1, progress=False)["tasks"] == ["colours"]
+
+
 def test_data_comes_from_the_environment_and_folders_become_absolute(
     written: Path, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,8 +212,11 @@ def test_data_comes_from_the_environment_and_folders_become_absolute(
 
 
 def test_fields_without_effect_are_named(written: Path, tiny_models: dict[str, Path], tmp_path: Path) -> None:
-    options: dict[str, Any] = {"method": "seqlora", "kif": KIFConfig(density=0.5), "head": "linear"}
-    with pytest.warns(UserWarning, match="no effect with seqlora and this model: head, kif"):
+    options: dict[str, Any] = {"method": "seqlora", "kif": KIFConfig(density=0.5), "head": "linear", "holdout": 0.4}
+    with (
+        pytest.warns(UserWarning, match="no effect with seqlora and this model: head, kif"),
+        pytest.warns(UserWarning, match="holdout has no effect with eval_split test"),
+    ):
         train(config(written, tiny_models["t5"], tmp_path / "run", **options), progress=False)
 
 
@@ -227,6 +255,7 @@ def test_what_is_wrong_stops_the_run_before_training(
         ({"model": str(tmp_path / "nosuch")}, ValueError, "no such folder"),
         ({"device": "cuda:99"}, ValueError, "not available"),
         ({"device": "gpu"}, ValueError, "unknown device"),
+        ({"device": "meta"}, ValueError, "'meta' is not supported; use auto, cpu"),
         ({"max_length": 3}, ValueError, "no room for the input"),
     ]
     for change, error, message in cases:
@@ -244,6 +273,52 @@ def test_what_is_wrong_stops_the_run_before_training(
         evaluate_run(tmp_path / "nowhere", progress=False)
     with pytest.raises(ValueError, match="either an adapter folder or a checkpoint"):
         evaluate_run(run, adapter=run, checkpoint=1, progress=False)
+
+
+def test_two_processes_never_write_one_folder(
+    written: Path, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    good = config(written, tiny_models["t5"], run)
+    with claimed(run):
+        for resume in (False, True):
+            with pytest.raises(FileExistsError, match="run is being written by another process: choose another"):
+                train(replace(good, resume=resume), progress=False)
+    assert not run.exists(), "nothing was written there"
+    # the claim ends with the process that made it, and what that leaves is no run
+    kill = "import os, signal, sys; from pathlib import Path; from kif.files import claimed\n"
+    kill += "with claimed(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
+    subprocess.run([sys.executable, "-c", kill, str(run)], check=False)
+    assert [path.name for path in run.iterdir()] == [LOCK]
+    seen: list[list[str]] = []
+
+    def tasks_of(config: RunConfig) -> Any:
+        seen.append([path.name for path in run.iterdir()])
+        raise ValueError("enough")
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="enough"):
+        patch.setattr("kif.run.prepare_tasks", tasks_of)
+        train(good, progress=False)
+    assert seen == [[LOCK]] and list(run.iterdir()) == []
+
+
+def test_a_claim_needs_no_locks_and_says_what_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ValueError, match=r"file/run cannot be written: Not a directory; choose another --output"),
+        claimed(tmp_path / "file" / "run"),
+    ):
+        pass
+
+    def no_locks(*_: Any) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with claimed(tmp_path / "run"):
+        (tmp_path / "run" / "results.json").write_text("{}")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["results.json"]
 
 
 def test_three_real_tasks_end_to_end(benchmark_data: Path, tiny_models: dict[str, Path], tmp_path: Path) -> None:

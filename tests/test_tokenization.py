@@ -13,7 +13,7 @@ from kif.config import RunConfig
 from kif.families import Encoded, LanguageModel
 from kif.models import load_language_model
 from kif.tasks import Example, Task
-from kif.tokenization import TokenCache, cache_folder, content_key
+from kif.tokenization import TokenCache, cache_folder, content_key, token_cache
 
 TOPICS, FREE = topic_task(), free_text_task()
 
@@ -140,3 +140,14 @@ def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder(None) == tmp_path / ".cache" / "kif"
+
+
+def test_without_a_home_folder_rows_are_kept_in_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    with pytest.warns(UserWarning, match="tokenised texts are not cached: no cache folder: .*give --cache-dir"):
+        assert token_cache(None).folder is None
+    assert token_cache(str(tmp_path)).folder == tmp_path
