@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+import gc
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,6 +154,19 @@ class CudaGraphs:
                 self._pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             # other threads, such as NCCL's watchdog, may go on meanwhile
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with _no_garbage(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 result = run()
         return graph.replay, result
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Collect none within the block, but before it: another graph that goes meanwhile ends the recording."""
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()

@@ -103,6 +103,13 @@ class DecoderModel(GenerativeModel):
         kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
         return self._looks_back_only and not (any(windows) or kinds) and self._forward_accepts("position_ids")
 
+    def logits_before_last(self, rows: Tensor) -> Tensor:
+        inputs = {"input_ids": rows}
+        if not self._looks_back_only:
+            inputs["attention_mask"] = torch.ones_like(rows)
+        places = torch.arange(rows.size(1) - 1, device=rows.device).expand(len(rows), -1)
+        return self._logits_at(places, inputs)[0]
+
     def _predictions(self, inputs: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(logits, what they predict), of (rows, tokens of the longest label); labels are on the CPU."""
         known = labels != IGNORE

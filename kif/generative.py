@@ -53,6 +53,10 @@ class GenerativeModel(LanguageModel):
         return dict(zip(task.labels, self._targets(task, task.labels), strict=True))
 
     @abstractmethod
+    def logits_before_last(self, rows: Tensor) -> Tensor:
+        """Logits of rows of token ids on the device, at the places before the last token, as the model is trained."""
+
+    @abstractmethod
     def _generate(self, rows: Sequence[Encoded], max_new_tokens: int, acceptable: Collection[str] | None) -> list[str]:
         """Greedy answers without special tokens."""
 

@@ -79,7 +79,8 @@ def use_liger(base: Any) -> None:
 
     Norms stay with `fuse_norms`, and the loss with the model, since logits are taken at label positions only.
 
-    Raises: ValueError without liger-kernel, for a model that is not on a GPU, for a model type that it does not know.
+    Raises: ValueError without liger-kernel, for a model that is not on a GPU, for a model type or an activation that it
+        does not know.
     """
     check_liger(next(base.parameters()).device)
     from liger_kernel.transformers import monkey_patch
@@ -87,6 +88,11 @@ def use_liger(base: Any) -> None:
     kind = base.config.model_type
     if kind not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise ValueError(f"liger-kernel has nothing for model type {kind!r}: leave use_liger_kernel out")
+    # its feed-forwards have the activation that is usual for the type, whatever the model's is
+    for name in ("hidden_act", "hidden_activation"):
+        own, usual = getattr(base.config, name, None), getattr(type(base.config)(), name, None)
+        if own != usual and {own, usual} != {"silu", "swish"}:
+            raise ValueError(f"liger-kernel has no {name} {own!r} for model type {kind!r}: leave use_liger_kernel out")
     monkey_patch._apply_liger_kernel_to_instance(
         model=base, rms_norm=False, cross_entropy=False, fused_linear_cross_entropy=False
     )

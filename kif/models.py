@@ -17,12 +17,14 @@ from kif.config import RunConfig
 from kif.decoder import DecoderModel
 from kif.encoder import EncoderModel, union_of_labels
 from kif.families import Family, LanguageModel, known_tokens, position_limit
+from kif.generative import GenerativeModel
 from kif.layers import fit_layers
 from kif.seq2seq import EncoderDecoderModel
 from kif.sharding import shard_base
+from kif.soundness import check_order, check_ties, check_tokens
 from kif.tokenization import check_origin
 
-UNMASKED = ("fnet", "rwkv")
+UNMASKED = ("fnet", "rwkv", "yoso")
 """Model types that do not heed the attention mask."""
 
 
@@ -48,7 +50,7 @@ def load_language_model(
             hold all of it; all processes then make the same passes.
     Raises: ValueError naming the cause: no or an unsupported model, fp16, quantization or gradient checkpointing that
         cannot be had, what `kif.adapters` refuses, a sequence longer than the model's positions, a task without labels
-        for an encoder, an adapter of another kind or base model.
+        for an encoder, an adapter of another kind or base model, what `kif.soundness` finds.
         FileNotFoundError if `adapter` holds none.
     """
     from transformers import AutoConfig, AutoTokenizer
@@ -64,11 +66,14 @@ def load_language_model(
     classes = union_of_labels(labels) if family == "encoder" else ()
     tokenizer = _from_pretrained(AutoTokenizer, name)
     _check_tokenizer(tokenizer, family, name)
+    check_tokens(tokenizer, name)
     _check_lengths(config, family, model_config, tokenizer)
     quantized = _quantization(config, family, model_config, name, device)
 
     with _seeded(config.seed):
         base, new_layers = _load_base(name, model_config, family, config, len(classes), quantized)
+        if family == "encoder-decoder":
+            check_ties(base, name)
         fit_layers(base, device)
         _check_padding(tokenizer, base, name)
         if adapter is None:
@@ -95,6 +100,8 @@ def load_language_model(
         more = {"labels": labels, "label_space": config.label_space, "head": config.head}
         lm = EncoderModel(model, tokenizer, **lengths, **more)  # type: ignore[arg-type]
     lm.lockstep = shard
+    if isinstance(lm, GenerativeModel):
+        check_order(lm)
     return lm
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from kif.attention import without_cudnn
 from kif.config import RunConfig
 from kif.evaluate import mean_score
 from kif.families import Encoded, LanguageModel
@@ -107,7 +108,8 @@ class Predictor:
         return count, score, len(answers)
 
     def _answer(self, rows: list[Encoded]) -> list[str]:
-        return self.lm.answer(self.task, rows, self.config.eval_mode, self.config.max_new_tokens) if rows else []
+        with without_cudnn():
+            return self.lm.answer(self.task, rows, self.config.eval_mode, self.config.max_new_tokens) if rows else []
 
     def _lines(self, source: Iterable[bytes], name: str, text: bool) -> Iterator[Line]:
         for number, data in enumerate(source, 1):

@@ -283,7 +283,7 @@ def evaluate_run(
     scores = []
     if rank == 0:
         _warn_of_absent(config, tasks)
-    with Progress(progress and rank == 0) as bar:
+    with Progress(progress and rank == 0) as bar, without_cudnn():
         for task in scored:
             bar.start(f"scoring {task.name}")
             scores.append(evaluate_task(config, lm, task, cache).score)

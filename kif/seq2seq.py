@@ -57,6 +57,12 @@ class EncoderDecoderModel(GenerativeModel):
         ).logits
         return logits
 
+    def logits_before_last(self, rows: Tensor) -> Tensor:
+        # what follows the last label is left out of the decoder's input
+        labels = F.pad(rows, (0, 1), value=IGNORE)
+        batch = {"input_ids": rows[:1].expand_as(rows), "attention_mask": torch.ones_like(rows), "labels": labels}
+        return self._logits(batch)[:, :-1]
+
     def _decoder_inputs(self, labels: Tensor) -> Tensor:
         """The labels behind the token that answers begin with, without the last one.
 

@@ -294,7 +294,8 @@ class KIFMixin:
     of the task may have fewer inner steps. Without memory every step is plain AdamW, as for the first task.
     `global_step` counts inner steps. Weights are the method's own at the end of a round; a checkpoint, evaluation or
     `load_best_model_at_end` within one sees those of the inner loop, so make `save_steps` and `eval_steps` multiples of
-    Q. Checkpoints continue bit for bit anywhere, also within a round. A second `train()` starts the next task.
+    Q. Checkpoints continue bit for bit anywhere, also within a round, unless datasets or collator draw random numbers.
+    A second `train()` starts the next task.
 
     Several processes: the Trainer's data-parallel training. DeepSpeed, FSDP and DataParallel are refused.
 
@@ -370,6 +371,10 @@ class KIFMixin:
         with without_cudnn():
             loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
         return loss
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        with without_cudnn():
+            return super().prediction_step(*args, **kwargs)  # type: ignore[misc]
 
     def end_round(self) -> None:
         """The outer steps of the round and its fusion; called by the training loop."""

@@ -310,7 +310,7 @@ def test_new_layers_are_trained_whole_and_get_no_lora(load: Loader, model_type: 
     assert head and not [name for name in head if "lora" in name]
 
 
-@pytest.mark.parametrize("model_type", ["fnet", "rwkv"])
+@pytest.mark.parametrize("model_type", ["fnet", "rwkv", "yoso"])
 def test_what_takes_padding_for_text_is_refused(model_type: str, tmp_path: Path) -> None:
     AutoConfig.for_model(model_type).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"model type '{model_type}' is not supported: it takes padding for text"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
+import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -41,12 +43,14 @@ from kif.attention import (
 )
 from kif.captured import CapturedSteps, CudaGraphs
 from kif.config import RunConfig
+from kif.encoder import EncoderModel
 from kif.families import IGNORE, Encoded, LanguageModel, rounded_width
 from kif.low_precision import BF16Adapter
 from kif.methods import METHODS
 from kif.methods import base as methods_base
 from kif.models import load_language_model
-from kif.run import train
+from kif.predict import Predictor
+from kif.run import evaluate_run, train
 
 KINDS: dict[str, dict[str, Any]] = {
     "t5": {},
@@ -85,6 +89,11 @@ def launched(lm: LanguageModel, arena: ParameterArena, rows: list[Encoded]) -> t
     loss, count = lm.loss(lm.collate(rows))
     (loss / count).backward()
     return loss.item() / count, arena.grad.clone()
+
+
+def looked_at_anew(lm: LanguageModel) -> None:
+    """A model that a test has changed since it was loaded."""
+    vars(lm).pop("_looks_back_only", None)
 
 
 def wide(lm: LanguageModel, row: Encoded, width: int) -> Encoded:
@@ -277,6 +286,7 @@ def test_a_pass_is_recorded_with_a_mask_and_without_cudnn(kind: str, folders: di
     lm, arena, rows = load("llama" if kind == "eager" else kind, folders)
     if kind == "eager":
         lm.base.config._attn_implementation = "eager"
+        looked_at_anew(lm)
     seen: list[tuple[bool, bool]] = []
     decoders: list[bool] = []
     loss = lm.fixed_loss
@@ -515,6 +525,24 @@ def test_a_run_does_without_cudnn(monkeypatch: pytest.MonkeyPatch, folders: dict
     assert train(config) == {"cudnn": False} and torch.backends.cuda.cudnn_sdp_enabled()
 
 
+def test_answers_of_a_finished_run_do_without_cudnn(
+    monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path], written: Path, tmp_path: Path
+) -> None:
+    run(folders["bert"], written, tmp_path / "run", head="cosine")
+    seen: list[bool] = []
+    answer = EncoderModel.answer
+
+    def watched(*given: Any) -> list[str]:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return answer(*given)
+
+    monkeypatch.setattr(EncoderModel, "answer", watched)
+    evaluate_run(tmp_path / "run", progress=False)
+    scored = len(seen)
+    Predictor(tmp_path / "run", "colours").run([b"a red one"], "rows", io.StringIO(), text=True)
+    assert len(seen) > scored > 0 and not any(seen) and torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_the_order_in_which_a_graph_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[Any] = []
 
@@ -536,11 +564,15 @@ def test_the_order_in_which_a_graph_is_recorded(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(torch.cuda, name, value)
     record = CudaGraphs(torch.device("cuda"))
 
+    collecting: list[bool] = []
+
     def run() -> Tensor:
         events.append("run")
+        collecting.append(gc.isenabled())
         return torch.zeros(())
 
     replay, _ = record(run)
+    assert collecting == [True, True, True, False] and gc.isenabled()
     assert events == [
         ("device",), "aside waits", ("stream",), "run", "run", "run", "end of stream", "waits for aside",
         ("graph", (0, 8)), "run", "end of graph", "end of device",
@@ -558,6 +590,7 @@ def test_the_order_in_which_a_graph_is_recorded(monkeypatch: pytest.MonkeyPatch)
 
     with pytest.raises(RuntimeError, match="cannot be recorded as a CUDA graph, leave cuda_graphs out: no sync"):
         record(bad(RuntimeError("no sync")))
+    assert gc.isenabled()
     with pytest.raises(torch.OutOfMemoryError, match=r"^full$"):
         record(bad(torch.OutOfMemoryError("full")))
 
@@ -656,6 +689,7 @@ def test_padding_behind_a_row_needs_no_mask(
         # as a model whose encoder of pictures sees in both directions
         next(module for module in lm.base.modules() if hasattr(module, "is_causal")).is_causal = False
         monkeypatch.setattr(lm.base.config, "_attn_implementation", "sdpa")
+    looked_at_anew(lm)
     losses = [lm.loss(lm.collate([row]))[0].item() for row in batch]
     seen: list[bool] = []
     lm.model.register_forward_pre_hook(

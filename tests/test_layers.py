@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import Kind, build_tiny, build_type, topic_task, without_own_dropout
 from torch import Tensor, nn
-from transformers import LongT5Config, LongT5ForConditionalGeneration
+from transformers import AutoConfig, LongT5Config, LongT5ForConditionalGeneration
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
@@ -297,12 +297,14 @@ def test_liger_is_asked_for_what_pays(folders: dict[str, Path], monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", fake)
     on_gpu = [SimpleNamespace(device=torch.device("cuda"))]
 
-    def base(kind: str) -> Any:
-        return SimpleNamespace(config=SimpleNamespace(model_type=kind), parameters=lambda: iter(on_gpu))
+    def base(kind: str, **options: Any) -> Any:
+        return SimpleNamespace(config=AutoConfig.for_model(kind, **options), parameters=lambda: iter(on_gpu))
 
     with pytest.raises(ValueError, match="liger-kernel has nothing for model type 't5': leave use_liger_kernel out"):
         use_liger(base("t5"))
-    model = base("llama")
+    with pytest.raises(ValueError, match="liger-kernel has no hidden_act 'relu' for model type 'llama': leave"):
+        use_liger(base("llama", hidden_act="relu"))
+    model = base("llama", hidden_act="swish")
     use_liger(model)
     off = {"rms_norm": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
     assert asked == [{"model": model, **off}]

@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny import build_tiny, free_text_task, sentiment_task, topic_task
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     BertModel,
     DistilBertConfig,
@@ -30,6 +35,7 @@ from transformers import (
 from kif.config import RunConfig
 from kif.families import LanguageModel
 from kif.models import family_of, load_language_model, resolve_device
+from kif.soundness import check_order, check_ties, check_tokens
 
 TOPICS, SENTIMENT, FREE = topic_task(), sentiment_task(), free_text_task()
 LABELS = {"topics": TOPICS.labels, "sentiment": SENTIMENT.labels}
@@ -288,3 +294,63 @@ def test_other_refusals(folders: Folders) -> None:
         with pytest.raises(ValueError, match="device 'cuda:1' is not available"):
             resolve_device("cuda:1")
         assert resolve_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_a_model_that_sees_what_follows_is_refused(folders: Folders, kind: str, monkeypatch: Any) -> None:
+    """As umt5 does with transformers 5.17."""
+    attend = F.scaled_dot_product_attention
+
+    def sees(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **options: Any) -> Tensor:
+        if query.size(2) == key.size(2):
+            attn_mask = None if attn_mask is None else torch.zeros_like(attn_mask, dtype=query.dtype)
+            options["is_causal"] = False
+        return attend(query, key, value, attn_mask=attn_mask, **options)
+
+    lm = load_language_model(RunConfig(model=str(folders[kind]), device="cpu"), LABELS)
+    if lm.base.config._attn_implementation != "sdpa":
+        pytest.skip("this version of transformers has no attention by torch for T5")
+    for parameter in lm.base.parameters():
+        parameter.data.mul_(4)
+    lm.model.train()
+    check_order(lm)  # type: ignore[arg-type]
+    monkeypatch.setattr(F, "scaled_dot_product_attention", sees)
+    with pytest.raises(ValueError, match=rf"tokens of model type '{kind}' see those that follow them with tr"):
+        check_order(lm)  # type: ignore[arg-type]
+    assert lm.model.training
+    with pytest.raises(ValueError, match="see those that follow"):
+        weights = load_file(folders[kind] / "model.safetensors")
+        other = shutil.copytree(folders[kind], folders[kind].with_name(f"{kind}-large"), dirs_exist_ok=True)
+        save_file({name: tensor * 4 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+        load_language_model(RunConfig(model=str(other), device="cpu"), LABELS)
+
+
+def test_one_embedding_for_two_is_refused(folders: Folders, tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["t5"], tmp_path / "t5")
+    config = json.loads((folder / "config.json").read_text())
+    base = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    base.lm_head.weight = base.get_input_embeddings().weight
+    check_ties(base, str(folder))
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    with pytest.raises(ValueError, match="input and output embeddings are different ones"):
+        check_ties(base, str(folder))
+    base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.clone())
+    check_ties(base, str(folder))
+
+
+def test_a_tokenizer_that_is_not_its_file_is_said(folders: Folders, tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["llama"], tmp_path / "llama")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_tokens(tokenizer, str(folder))
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["pre_tokenizer"] = {"type": "Split", "pattern": {"String": "q"}, "behavior": "Removed", "invert": False}
+    # lengths that the file asks for are left to the caller
+    content["truncation"] = {"max_length": 2, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    path.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match="cuts texts otherwise than its tokenizer.json, 'The quick"):
+        check_tokens(tokenizer, str(folder))
+    path.unlink()
+    check_tokens(tokenizer, str(folder))

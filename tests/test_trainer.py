@@ -149,7 +149,7 @@ def test_a_loop_of_ones_own_ends_as_kif_train(tiny_models: dict[str, Path], kind
     torch.testing.assert_close(weights(lm), by_loop(tiny_models, kind), rtol=1e-6, atol=1e-6)
 
 
-def test_neither_step_takes_attention_from_cudnn(
+def test_no_step_takes_attention_from_cudnn(
     tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
@@ -161,8 +161,11 @@ def test_neither_step_takes_attention_from_cudnn(
 
     monkeypatch.setattr(Trainer, "training_step", watched)
     lm, _ = load(tiny_models)
-    train(lm, tmp_path, max_steps=2)
-    assert len(seen) > 2 and not any(seen) and torch.backends.cuda.cudnn_sdp_enabled()
+    trainer = train(lm, tmp_path, max_steps=2)
+    steps = len(seen)
+    lm.model.register_forward_pre_hook(lambda *given: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    trainer.evaluate(trainer.train_dataset)
+    assert len(seen) > steps > 2 and not any(seen) and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_without_memory_it_is_plain_training(tiny_models: dict[str, Path], tmp_path: Path) -> None:
