@@ -265,7 +265,7 @@ def importance_threshold(
             padding. Zeros never rank above a real score, so they do not change the result.
 
     Returns: 0-d tensor of importance's dtype on its device.
-    Raises: ValueError for an empty tensor, a density outside [0, 1] (not where a tensor on a GPU holds it) or a numel
+    Raises: ValueError for an empty tensor, a density outside [0, 1] (that of a tensor is not looked at) or a numel
         that does not fit.
     """
     n = check_numel(importance, numel)

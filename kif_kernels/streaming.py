@@ -73,13 +73,7 @@ class StreamingThreshold:
         self.reset()
 
     def set_density(self, density: float | Tensor) -> None:
-        """Use another density from the next selection on.
-
-        Raises: ValueError for one outside [0, 1]. A tensor is looked at on the CPU only, and not in compiled code.
-        """
-        # of subclasses some hold no value
-        if type(density) is Tensor and density.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_unit("density", float(density))
+        """Use another density from the next selection on. Raises: ValueError for a number outside [0, 1]."""
         n = self._sizes()
         if n is None and not isinstance(density, Tensor):
             self._ranks.fill_(mask_size(density, self._numels[0]))
