@@ -297,7 +297,10 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def _check_values(prefix: str, config: Any) -> None:
-    """Raise ValueError for a field whose value is not of its type, or none of those that its type lists."""
+    """Raise ValueError for a field whose value is not of its type, or none of those that its type lists.
+
+    Numbers of numpy become Python's, which YAML and JSON know.
+    """
     for name, hint in _hints(config.__class__).items():
         value = getattr(config, name)
         if get_origin(hint) is Literal and value not in get_args(hint):
@@ -305,6 +308,8 @@ def _check_values(prefix: str, config: Any) -> None:
         if not _fits(value, hint):
             kind = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
             raise ValueError(f"{prefix}{name} must be of type {kind}, got {value!r}")
+        if isinstance(value, Real) and type(value).__module__ != "builtins":
+            setattr(config, name, int(value) if isinstance(value, Integral) else float(value))
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -221,7 +221,7 @@ class RecurrentKIF:
             "outer_done": self._outer_done,
             "has_theta_inner": self._has_theta_inner,
             "counted": dict(self._counted),
-            "config": self._switches(),
+            "config": asdict(self.config),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -229,7 +229,7 @@ class RecurrentKIF:
 
         Raises: ValueError naming a switch that differs from the saved engine's; ArenaError when the layout differs.
         """
-        now = self._switches()
+        now = asdict(self.config)
         # a state saved before switches were saved has none
         for name, then in state.get("config", now).items():
             if then != now.get(name):
@@ -247,11 +247,6 @@ class RecurrentKIF:
         # a state from another kind of device has no counts: they are taken anew
         fits = self._selection.load_state_dict(state["selection"])
         self._counted = {side: fits and counted for side, counted in state["counted"].items()}
-
-    def _switches(self) -> dict[str, Any]:
-        """The configuration as a checkpoint holds it, which knows no numbers of numpy."""
-        switches = asdict(self.config).items()
-        return {name: value if type(value) in (int, str) else float(value) for name, value in switches}
 
     def _begin_round(self) -> None:
         self._inner_done = self._outer_done = 0

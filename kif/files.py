@@ -49,6 +49,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_empty(output: Path) -> bool:
+    """Whether a folder holds nothing but a lock."""
+    return all(path.name == LOCK for path in output.iterdir())
+
+
 @contextmanager
 def claimed(output: Path) -> Iterator[None]:
     """Make a run's folder and hold it for the body, so that no other process writes it; a failed start leaves none.

@@ -17,7 +17,7 @@ from kif.config import RunConfig
 from kif.distributed import gather, world
 from kif.families import LanguageModel
 from kif.faults import RETRY
-from kif.files import LOCK, write_json
+from kif.files import is_empty, write_json
 from kif.tasks import Example, Task
 from kif.tokenization import content_key
 from kif.training import INCIDENTAL, eval_rows
@@ -68,9 +68,7 @@ def state_to_resume(config: RunConfig, checkpoints: Checkpoints, identity: State
     state = checkpoints.read(device)
     if state is None:
         output = Path(config.output)
-        begun = output.is_dir() and (
-            (output / "config.yaml").is_file() or all(path.name == LOCK for path in output.iterdir())
-        )
+        begun = output.is_dir() and ((output / "config.yaml").is_file() or is_empty(output))
         # no process changes the folder before all have seen it
         gather(True)
         if checkpoints or not begun:

@@ -22,7 +22,7 @@ from kif.distributed import broadcast_, first_process_first, local_device, world
 from kif.evaluate import check_scoring
 from kif.families import LanguageModel
 from kif.faults import less_memory_in_loading, memory_advice
-from kif.files import LOCK, claimed, write_json
+from kif.files import claimed, is_empty, write_json
 from kif.layers import check_liger
 from kif.memory_data import read_memory_data
 from kif.methods import METHODS, Method
@@ -298,7 +298,7 @@ def evaluate_run(
 
 def check_unused(output: Path, advice: str = "choose another --output, remove it, or --resume the run in it") -> None:
     """Raise FileExistsError for a folder that holds anything but a lock: a run never overwrites another."""
-    if output.exists() and any(path.name != LOCK for path in output.iterdir()):
+    if output.exists() and not is_empty(output):
         raise FileExistsError(f"{output} is not empty: {advice}")
 
 

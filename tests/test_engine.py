@@ -407,6 +407,11 @@ def test_config_refuses_what_makes_no_sense() -> None:
         with pytest.raises(ValueError, match=rf"^kif\.{name} must be of type {kind}, got {value!r}$"):
             KIFConfig(**{name: value})
     assert KIFConfig(density=1, inner_steps=np.int64(2)).density == 1  # type: ignore[arg-type]
+    given: Any = {"density": np.float32(0.25), "inner_steps": np.int64(2)}
+    # as YAML and JSON know them
+    assert [(type(getattr(KIFConfig(**given), name)), value) for name, value in given.items()] == [
+        (float, 0.25), (int, 2),
+    ]  # fmt: skip
     with pytest.raises(TypeError, match=r"config must be a KIFConfig, got dict"):
         RecurrentKIF.of(nn.Linear(2, 2), {"outer_steps": 4})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown preset 'papre'"):
