@@ -405,7 +405,8 @@ class RunConfig:
         batch_size: rows in an optimizer step.
         outer_batch_size: rows in an outer step. Default: batch_size.
         gradient_accumulation: micro-batches an optimizer step is split into. The step's loss is the mean over
-            all its label tokens (rows, for encoders), so this changes memory use and not the result.
+            all its label tokens (rows, for encoders), so this changes memory use and not the result (l2p, lfpt5,
+            migu and moelora's balance term excepted, which look at each micro-batch by itself).
         gradient_checkpointing: keep only each layer's input for the backward pass and compute the rest again: less
             memory, more time, the same result up to rounding.
         cuda_graphs: record forward and backward pass as CUDA graphs, one for each of the few shapes that batches are

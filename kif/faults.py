@@ -17,8 +17,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No space left on the device, in the quota, or under the limit on the size of a file."""
 
 RETRY = ("gradient_accumulation", "gradient_checkpointing", "cuda_graphs", "use_liger_kernel", "eval_batch_size")
-"""Fields of RunConfig that change memory use and, up to rounding and the draws of dropout, nothing else: a run may be
-resumed with others."""
+"""Fields of RunConfig that change memory use and, up to rounding and the draws of dropout, nothing else (but for
+`Method.of_micro_batches`): a run may be resumed with others."""
 
 
 PREEMPTED = 143
@@ -83,23 +83,33 @@ def is_out_of_memory(error: BaseException) -> bool:
 _WITHOUT_GRAPHS = "resume without cuda_graphs, which keep the memory of a pass; or "
 
 
-def less_memory_in_training(config: RunConfig) -> str:
-    """What to change when a training step does not fit, what keeps the result first."""
+def less_memory_in_training(config: RunConfig, of_micro_batches: str | None = None) -> str:
+    """What to change when a training step does not fit, what keeps the result first.
+
+    Args:
+        config: of the run.
+        of_micro_batches: as the method says it of itself.
+    """
     outer = config.outer_batch_size or config.batch_size
     most = max(config.batch_size, outer)
-    resumed = ""
+    resumed: list[str] = []
     if config.gradient_accumulation < most:
         more = min(most, 2 * config.gradient_accumulation)
-        resumed = (
-            f"resume with gradient_accumulation {more} (now {config.gradient_accumulation}), which gives the same "
-            "result up to rounding and the draws of dropout; or "
-        )
+        effect = "gives the same result up to rounding and the draws of dropout"
+        if of_micro_batches is not None:
+            effect = f"changes the result, since with {config.method} each micro-batch has its own {of_micro_batches}"
+        now = config.gradient_accumulation
+        resumed.append(f"resume with gradient_accumulation {more} (now {now}), which {effect}; or ")
     if config.cuda_graphs:
-        resumed += _WITHOUT_GRAPHS
+        resumed.append(_WITHOUT_GRAPHS)
     elif not config.gradient_checkpointing:
-        resumed += "resume with gradient_checkpointing, which takes longer and changes the result by rounding only; or "
-    return (
-        f"{resumed}start a new run with a smaller batch_size (now {config.batch_size}), a smaller max_length (now "
+        resumed.append(
+            "resume with gradient_checkpointing, which takes longer and changes the result by rounding only; or "
+        )
+    if of_micro_batches is not None:
+        resumed.reverse()
+    return "".join(resumed) + (
+        f"start a new run with a smaller batch_size (now {config.batch_size}), a smaller max_length (now "
         f"{config.max_length}), {_smaller_weights(config)}or a smaller model"
     )
 

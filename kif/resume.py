@@ -18,6 +18,7 @@ from kif.distributed import gather, world
 from kif.families import LanguageModel
 from kif.faults import RETRY
 from kif.files import is_empty, write_json
+from kif.methods import METHODS
 from kif.tasks import Example, Task
 from kif.tokenization import content_key
 from kif.training import INCIDENTAL, eval_rows
@@ -141,7 +142,9 @@ def _take_over(config: RunConfig) -> None:
     changed = {name: getattr(config, name) for name in RETRY if getattr(config, name) != getattr(before, name)}
     if not changed:
         return
-    _warn(f"{config.output} goes on with {changed}: which changes rounding and the draws of dropout, nothing else")
+    own = METHODS[config.method].of_micro_batches(config) if "gradient_accumulation" in changed else None
+    more = "nothing else" if own is None else f"and more: with {config.method} each micro-batch has its own {own}"
+    _warn(f"{config.output} goes on with {changed}: which changes rounding and the draws of dropout, {more}")
     if world()[0] == 0:
         dump_config(replace(before, **changed), path)
 

@@ -153,7 +153,8 @@ class Training:
             self._save(index, time.perf_counter() - began, loop=loop)
 
         self.stop.hold()
-        with faults.memory_advice(f"training {title}", faults.less_memory_in_training(self.config)):
+        split = self.method.of_micro_batches(self.config)
+        with faults.memory_advice(f"training {title}", faults.less_memory_in_training(self.config, split)):
             made = train_phase(
                 self.lm,
                 self.method,

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from method_setup import KINDS, TASKS, start, train_task
+from tiny import without_own_dropout
 from torch import Tensor, nn
 
-from kif.config import EWCConfig, MIGUConfig, OLoRAConfig, TaSLConfig, VRMCLConfig
+from kif.config import (
+    EWCConfig,
+    KIFConfig,
+    LFPT5Config,
+    MIGUConfig,
+    MoELoRAConfig,
+    OLoRAConfig,
+    RunConfig,
+    TaSLConfig,
+    VRMCLConfig,
+)
 from kif.families import Encoded, LanguageModel
+from kif.faults import less_memory_in_training
 from kif.methods import METHODS, Method
 from kif.methods.tasl import merge_weights, minmax
 from kif.models import load_language_model
@@ -353,3 +366,32 @@ def test_state_survives_saving_bit_for_bit(tiny_models: dict[str, Path], name: s
 def test_plain_adapters_need_nothing_of_ours() -> None:
     for method in METHODS.values():
         assert method.plain_adapter == (method.attach.__func__ is Method.attach.__func__)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_depends_on_micro_batches_says_so(tiny_models: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """How a step is split changes rounding only, or the method says what else, and so does the advice on memory."""
+    model = without_own_dropout(Path(shutil.copytree(tiny_models["llama"], tmp_path / "model")))
+    sections = {"moelora": MoELoRAConfig(balance=1.0), "lfpt5": LFPT5Config(prompt_length=4, pseudo_candidates=0)}
+    ends = []
+    for accumulation in (1, 3):
+        method, rows = start(
+            {"llama": model}, name, "llama", batch_size=6, gradient_accumulation=accumulation, max_length=400,
+            kif=KIFConfig(inner_steps=2), **sections,
+        )  # fmt: skip
+        method.phases(TASKS)
+        train_task(method, 0, rows[0])
+        # the other way round each task trains on rows of several lengths
+        train_task(method, 1, rows[0] if name != "lfpt5" else rows[1], rows[0][:3])
+        ends.append(method.arena.data.clone())
+    apart = (ends[0] - ends[1]).abs().max().item() / ends[0].abs().max().item()
+    own = method.of_micro_batches(method.config)
+    assert (apart > 1e-3) == (own is not None), apart
+    advice = less_memory_in_training(method.config, own)
+    assert ("gradient_accumulation 6 (now 3), which gives the same result" in advice) == (own is None)
+    # what keeps the result comes first
+    assert own is None or advice.index("gradient_checkpointing") < advice.index(f"each micro-batch has its own {own}")
+
+
+def test_balance_alone_looks_at_micro_batches_in_moelora() -> None:
+    assert METHODS["moelora"].of_micro_batches(RunConfig(method="moelora")) is None

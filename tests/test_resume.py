@@ -256,6 +256,17 @@ def test_another_configuration_or_other_data_is_refused(
     train(replace(again, data=str(written), checkpoint_rounds=None), progress=False)
 
 
+@pytest.mark.parametrize(("method", "effect"), [("seqlora", "nothing else"), ("migu", "and more: with migu")])
+def test_what_other_micro_batches_change_is_said(
+    written: Path, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str,
+    effect: str,
+) -> None:  # fmt: skip
+    cut = settings(written, tiny_models["t5"], tmp_path / "cut", method=method)
+    interrupt(monkeypatch, cut, in_second_task)
+    with pytest.warns(UserWarning, match=f"'gradient_accumulation': 2.*{effect}"):
+        train(replace(cut, resume=True, gradient_accumulation=2), progress=False)
+
+
 def test_nothing_to_resume(
     written: Path, tiny_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

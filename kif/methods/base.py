@@ -94,6 +94,13 @@ class Method(ABC):
             if getattr(config, name) != getattr(default, name):
                 raise ValueError(f"{name} does not work with {cls.name}, {reason}: leave it out")
 
+    @classmethod
+    def of_micro_batches(cls, config: RunConfig) -> str | None:
+        """What each micro-batch of a step (`gradient_accumulation`, several processes) has of its own, so that the
+        step's result depends on how its rows are split; None: nothing.
+        """
+        return None
+
     def __init__(self, lm: LanguageModel, config: RunConfig) -> None:
         self.check_family(lm)
         self.check_options(config)

@@ -122,6 +122,10 @@ class L2P(SingleAdapterMethod):
         add_parameters(lm, load_prompts(folder, _shapes(lm, config)), trained=False)
         PromptPool(lm, config)
 
+    @classmethod
+    def of_micro_batches(cls, config: RunConfig) -> str | None:
+        return "choice of prompts"
+
     def __init__(self, lm: LanguageModel, config: RunConfig) -> None:
         check_positions(lm, config, config.l2p.top_k * config.l2p.prompt_length)
         switch_off_lora(lm)

@@ -90,6 +90,10 @@ class LFPT5(Method):
         add_parameters(lm, load_prompts(folder, {PROMPT: shape}), trained=False)
         _append(lm, config)
 
+    @classmethod
+    def of_micro_batches(cls, config: RunConfig) -> str | None:
+        return "weights of the loss's terms"
+
     def __init__(self, lm: LanguageModel, config: RunConfig) -> None:
         self.check_family(lm)
         check_positions(lm, config, config.lfpt5.prompt_length, config.lfpt5.lm_length)

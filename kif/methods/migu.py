@@ -18,9 +18,9 @@ from kif.methods.base import SingleAdapterMethod
 class MIGU(SingleAdapterMethod):
     """From the second task on, gradient rows of linear layers are masked by output magnitude.
 
-    For output j of a layer, n_j = sum over the step's tokens of |h_j|; row j of its weight's gradient is kept where
-    n_j >= quantile(n, q). The layers are those of the adapter: each LoRA A and each LoRA B by its own output. What is
-    trained but is no linear layer's weight is updated whole.
+    For output j of a layer, n_j = sum over the step's tokens of |h_j|, padding too, as it was padded for the pass; row
+    j of its weight's gradient is kept where n_j >= quantile(n, q). The layers are those of the adapter: each LoRA A and
+    each LoRA B by its own output. What is trained but is no linear layer's weight is updated whole.
     """
 
     name = "migu"
@@ -29,6 +29,10 @@ class MIGU(SingleAdapterMethod):
     section = "migu"
     unused = ("outer_lr", "outer_batch_size", "memory_fraction", "memory_balanced")
     refused_options: ClassVar[Mapping[str, str]] = {"shard_base": "which would count some rows twice"}
+
+    @classmethod
+    def of_micro_batches(cls, config: RunConfig) -> str | None:
+        return "share of padding in the magnitudes"
 
     def __init__(self, lm: LanguageModel, config: RunConfig) -> None:
         super().__init__(lm, config)

@@ -59,6 +59,10 @@ class MoELoRA(SingleAdapterMethod):
             router.weight.data.copy_(tensors[name])
             _Gates(layer)
 
+    @classmethod
+    def of_micro_batches(cls, config: RunConfig) -> str | None:
+        return "balance of the experts" if config.moelora.balance else None
+
     def __init__(self, lm: LanguageModel, config: RunConfig) -> None:
         layers = lora_layers(lm.model)
         for layer in layers.values():
