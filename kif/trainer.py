@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import asdict, dataclass, field, fields
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -132,10 +133,11 @@ class MemoryStream(Iterator[Any]):
 
     Args:
         loader: a data loader; with `set_epoch`, if the order depends on the epoch.
+        seed: an order that is drawn from torch's random numbers depends on this and on the epoch alone.
     """
 
-    def __init__(self, loader: Iterable[Any]) -> None:
-        self.loader = loader
+    def __init__(self, loader: Iterable[Any], seed: int = 0) -> None:
+        self.loader, self.seed = loader, seed
         self.epoch = self.position = 0
         self._batches: Iterator[Any] | None = None
 
@@ -160,11 +162,16 @@ class MemoryStream(Iterator[Any]):
 
     @_memory_at_fault()
     def open(self) -> Iterator[Any]:
-        """Start the epoch's iterator where the stream stands; this may draw random numbers."""
+        """Start the epoch's iterator where the stream stands; batches that are skipped may draw random numbers."""
         if self._batches is None:
             if hasattr(self.loader, "set_epoch"):
                 self.loader.set_epoch(self.epoch)
-            self._batches = iter(self.loader)
+            # a sampler draws the order (group_by_length) with the first batch, of which new rows must not depend
+            with torch.random.fork_rng(devices=()):
+                torch.default_generator.manual_seed(self.seed + self.epoch)
+                batches = iter(self.loader)
+                first = list(islice(batches, 1))
+            self._batches = chain(first, batches)
             for _ in range(self.position):
                 next(self._batches, None)
         return self._batches
@@ -435,7 +442,8 @@ class KIFMixin:
         new_rows, trainer.train_dataset = trainer.train_dataset, memory
         try:
             with _memory_at_fault():
-                return MemoryStream(trainer.get_train_dataloader())
+                seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
+                return MemoryStream(trainer.get_train_dataloader(), seed)
         finally:
             trainer.train_dataset = new_rows
 
@@ -443,16 +451,14 @@ class KIFMixin:
     def _metrics_kept(self) -> Iterator[None]:
         """What TRL's trainers note at every loss, for their logs, is of new rows alone: put back as it was."""
         trainer: Any = self
-        metrics = getattr(trainer, "_metrics", None)
-        noted = metrics.get("train") if isinstance(metrics, dict) else None
-        noted = noted if isinstance(noted, dict) else {}
-        before = {key: copy(values) for key, values in noted.items()}
+        own = vars(trainer)
+        noted = {name: own[name] for name in ("_metrics", "_logs") if isinstance(own.get(name), dict)}
         tokens, seen = getattr(trainer, "_total_train_tokens", None), trainer.state.num_input_tokens_seen
+        own.update(_copied(noted))
         try:
             yield
         finally:
-            noted.clear()
-            noted.update(before)
+            own.update(noted)
             trainer.state.num_input_tokens_seen = seen
             if tokens is not None:
                 trainer._total_train_tokens = tokens
@@ -486,6 +492,14 @@ class KIFTrainer(KIFMixin, Trainer):
 
 class KIFSeq2SeqTrainer(KIFMixin, Seq2SeqTrainer):
     """transformers' Seq2SeqTrainer with Recurrent-KIF; see `KIFMixin`."""
+
+
+def _copied(noted: Any) -> Any:
+    """A copy of dicts in dicts and of the lists in them, whose entries are the same."""
+    result = copy(noted)
+    if isinstance(noted, dict):
+        result.update({name: _copied(entry) for name, entry in noted.items()})
+    return result
 
 
 def _adapter_in_fp32(model: nn.Module) -> None:

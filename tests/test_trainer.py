@@ -209,6 +209,40 @@ def test_resuming_ends_bit_for_bit_alike(tiny_models: dict[str, Path], tmp_path:
     assert saved["memory"] == {"epoch": 1, "position": 1} and saved["inner_done"] == step % 3
 
 
+def test_resuming_with_batches_of_like_lengths(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """The order of the rows is drawn from torch's random numbers; the memory is in its second epoch."""
+    found = []
+    for resume in (None, str(tmp_path / "checkpoint-4")):
+        lm, _ = load(tiny_models)
+        rows = [{"input_ids": [*r.input_ids], "labels": [*r.input_ids]} for r in lm.encode(TASK, TASK.train)]
+        lm.tokenizer.pad_token = lm.tokenizer.eos_token
+        args = KIFTrainingArguments(
+            str(tmp_path), kif=SWITCHES, train_sampling_strategy="group_by_length", max_steps=8, save_steps=4,
+            per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        collator = DataCollatorForSeq2Seq(lm.tokenizer)
+        trainer = KIFTrainer(lm.model, args, train_dataset=rows, memory_dataset=rows[:4], data_collator=collator)
+        trainer.train(resume_from_checkpoint=resume)
+        found.append(weights(lm))
+    assert torch.equal(*found)
+
+
+def test_the_order_of_the_memory_is_its_own() -> None:
+    def stream() -> MemoryStream:
+        return MemoryStream(torch.utils.data.DataLoader(range(40), batch_size=10, shuffle=True), seed=3)  # type: ignore[arg-type]
+
+    before = torch.get_rng_state()
+    whole = stream()
+    drawn = [next(whole).tolist() for _ in range(8)]
+    first, second = ([row for batch in epoch for row in batch] for epoch in (drawn[:4], drawn[4:]))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert sorted(first) == sorted(second) == list(range(40)) and first != second
+    resumed = stream()
+    resumed.load_state_dict({"epoch": 1, "position": 2})
+    torch.rand(5)
+    assert [next(resumed).tolist() for _ in range(2)] == drawn[6:]
+
+
 def test_a_checkpoint_needs_its_memory_and_switches(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     lm, _ = load(tiny_models)
     train(lm, tmp_path, save_strategy="steps", save_steps=8)
