@@ -170,10 +170,17 @@ class ParameterArena:
     def rebind(self) -> None:
         """Take over the parameters' present values and device; all buffers move along.
 
-        Raises: ArenaError naming one that is no longer in the model, or cannot be in an arena.
+        Raises: ArenaError naming one that is no longer in the model, has another shape, or cannot be in an arena.
         """
         live = self._live()
         self._check_present(live)
+        for segment, parameter in zip(self.segments, live, strict=True):
+            # what fits by broadcasting would be taken for it
+            if tuple(parameter.shape) != segment.shape:
+                raise ArenaError(
+                    f"parameter {segment.name} has the shape {tuple(parameter.shape)} now and {segment.shape} in the "
+                    "arena: make a new arena, or engine, of what is trained now"
+                )
         self._parameters = live
         _check_parameters([(s.name, p) for s, p in zip(self.segments, self._parameters, strict=True)])
         device = self._parameters[0].device
