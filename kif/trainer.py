@@ -72,13 +72,7 @@ class KIFArguments:
             raise ValueError(_sharded("FSDP"))
         if getattr(given, "parallelism_config", None) is not None:
             raise ValueError(_sharded("parallelism_config"))
-        if given.fp16:
-            raise ValueError("fp16 does not work with Recurrent-KIF: use bf16=True or fp32")
-        if given.optim not in OPTIMIZERS or given.optim_args or given.optim_target_modules:
-            raise ValueError(
-                f"optim={given.optim!r} does not work with Recurrent-KIF, which has AdamW with importances in one "
-                "pass: leave out optim, optim_args and optim_target_modules"
-            )
+        _check_optimization(given)
         super().__post_init__()  # type: ignore[misc]
 
 
@@ -247,7 +241,8 @@ class KIFOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue.
 
-        Raises: ValueError for a state of another optimizer or other switches, or with memory where there is none.
+        Raises: ValueError for a state of another optimizer or other switches, or with memory where there is none;
+            ArenaError for one of other parameters.
         """
         if "kif" not in state_dict:
             raise ValueError(
@@ -258,8 +253,9 @@ class KIFOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 "the checkpoint was made with memory_dataset and now there is none, or the other way round"
             )
-        super().load_state_dict({name: state_dict[name] for name in ("state", "param_groups")})
+        # the engine first: it names the parameter that differs
         self.engine.load_state_dict(kif["engine"])
+        super().load_state_dict({name: state_dict[name] for name in ("state", "param_groups")})
         self.inner_done, self.last_lr = kif["inner_done"], kif["last_lr"]
         if self.memory is not None:
             self.memory.load_state_dict(kif["memory"])
@@ -340,7 +336,8 @@ class KIFMixin:
                 "start one process for each with torchrun, or set CUDA_VISIBLE_DEVICES to one"
             )
         _check_generation(trainer.args)
-        trainer.add_callback(_Rounds(self))
+        # before the caller's, which may save the model in on_train_end
+        trainer.callback_handler.callbacks.insert(0, _Rounds(self))
 
     @property
     def engine(self) -> RecurrentKIF:
@@ -358,11 +355,14 @@ class KIFMixin:
         """A new arena and engine for the task; the Trainer calls it when training begins."""
         trainer: Any = self
         args, model = trainer.args, trainer.model if model is None else model
+        # they may have been set since (args.set_optimizer)
+        _check_optimization(args)
         optimizer = OptimizerConfig(
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
             weight_decay=args.weight_decay,
-            max_grad_norm=args.max_grad_norm,
+            # below 0 the Trainer does not clip either
+            max_grad_norm=max(args.max_grad_norm, 0.0),
         )
         _adapter_in_fp32(model)
         # since the last log, of this task alone: a task's last round may end after its last log
@@ -517,6 +517,17 @@ def _adapter_in_fp32(model: nn.Module) -> None:
             for parameter in held.parameters() if isinstance(held, nn.Module) else ():
                 if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                     parameter.data = parameter.data.float()
+
+
+def _check_optimization(args: Any) -> None:
+    """Raise ValueError for fp16 and another optimizer than the engine's."""
+    if args.fp16:
+        raise ValueError("fp16 does not work with Recurrent-KIF: use bf16=True or fp32")
+    if args.optim not in OPTIMIZERS or args.optim_args or args.optim_target_modules:
+        raise ValueError(
+            f"optim={getattr(args.optim, 'value', args.optim)!r} does not work with Recurrent-KIF, which has AdamW "
+            "with importances in one pass: leave out optim, optim_args and optim_target_modules"
+        )
 
 
 def _check_generation(args: Any) -> None:
