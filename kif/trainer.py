@@ -64,8 +64,9 @@ class KIFArguments:
     def __post_init__(self) -> None:
         self.kif = asdict(kif_config(self.kif))
         given: Any = self
-        if self.outer_learning_rate is not None and min(self.outer_learning_rate, given.learning_rate) <= 0:
-            raise ValueError(f"outer_learning_rate and learning_rate must be positive, got {self.outer_learning_rate}")
+        if self.outer_learning_rate is not None and not min(self.outer_learning_rate, given.learning_rate) > 0:
+            rates = f"{self.outer_learning_rate} and {given.learning_rate}"
+            raise ValueError(f"outer_learning_rate and learning_rate must be positive, got {rates}")
         if given.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
             raise ValueError(_sharded("DeepSpeed"))
         if given.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":

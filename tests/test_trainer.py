@@ -502,6 +502,8 @@ def test_arguments_survive_to_dict_and_the_command_line(tmp_path: Path) -> None:
         ({"kif": '{"outer_steps": 4'}, r"kif is neither a preset's name nor JSON \(Expecting .*: {\"outer_steps\": 4"),
         ({"kif": 5}, r"kif must be a KIFConfig, .* got 5"),
         ({"outer_learning_rate": 0.0}, "outer_learning_rate"),
+        ({"outer_learning_rate": float("nan")}, "outer_learning_rate"),
+        ({"outer_learning_rate": 1e-3, "learning_rate": 0.0}, r"got 0\.001 and 0\.0"),
         ({"optim": "adafactor"}, "adafactor"),
         ({"fp16": True}, "fp16"),
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "DeepSpeed"),
