@@ -61,8 +61,8 @@ class ParameterArena:
         buffers: further flat buffers by name, made by `buffer`.
 
     Raises: ArenaError for no parameters at all, a name or tensor given twice, a dtype other than float32, several
-        devices, a parameter that does not require a gradient, shares memory with another one, or is of an adapter that
-        is not active; the message names it.
+        devices, a parameter that does not require a gradient, is a DTensor, shares memory with another one, or is of
+        an adapter that is not active; the message names it.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], model: nn.Module | None = None) -> None:
@@ -297,6 +297,12 @@ def _check_parameters(named: list[tuple[str, nn.Parameter]]) -> None:
     for name, parameter in named:
         if not parameter.requires_grad:
             raise ArenaError(f"parameter {name} does not require a gradient")
+        # of a DTensor
+        if hasattr(parameter, "device_mesh"):
+            raise ArenaError(
+                f"parameter {name} is spread over processes (FSDP, tensor parallel), and the arena holds whole ones: "
+                "leave what is trained whole (kif.sharding.shard_base splits the frozen layers alone)"
+            )
         if not parameter.numel():
             raise ArenaError(f"parameter {name} has no elements: freeze it (requires_grad_(False))")
         if parameter.dtype != torch.float32:

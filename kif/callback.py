@@ -31,7 +31,7 @@ class KIFCallback(TrainerCallback):
         importance: float32 tensors in the parameters' shapes, by the names of `model.named_parameters()`.
 
     Raises: ValueError for an alpha outside [0, 1]; in training, naming a parameter of another dtype than float32,
-        bfloat16 and float16, and for `save` in `hyperparameter_search`.
+        bfloat16 and float16 or one that is a DTensor, and for `save` in `hyperparameter_search`.
     """
 
     def __init__(self, alpha: float = 0.55, save: bool = False) -> None:
@@ -56,6 +56,9 @@ class KIFCallback(TrainerCallback):
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad or parameter.grad is None:
                 continue
+            # of a DTensor
+            if hasattr(parameter, "device_mesh"):
+                raise ValueError(f"KIFCallback cannot score parameter {name}, which is spread over processes (FSDP)")
             if name not in self.importance:
                 self.importance[name] = torch.zeros_like(parameter, dtype=torch.float32)
             try:
