@@ -61,8 +61,8 @@ class ParameterArena:
         buffers: further flat buffers by name, made by `buffer`.
 
     Raises: ArenaError for no parameters at all, a name or tensor given twice, a dtype other than float32, several
-        devices, a parameter that does not require a gradient, shares memory with another one, or is of an adapter that
-        is not active; the message names it.
+        devices, a parameter that does not require a gradient, is a DTensor, shares memory with another one, or is of
+        an adapter that is not active; the message names it.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], model: nn.Module | None = None) -> None:
@@ -170,10 +170,17 @@ class ParameterArena:
     def rebind(self) -> None:
         """Take over the parameters' present values and device; all buffers move along.
 
-        Raises: ArenaError naming one that is no longer in the model, or cannot be in an arena.
+        Raises: ArenaError naming one that is no longer in the model, has another shape, or cannot be in an arena.
         """
         live = self._live()
         self._check_present(live)
+        for segment, parameter in zip(self.segments, live, strict=True):
+            # what fits by broadcasting would be taken for it
+            if tuple(parameter.shape) != segment.shape:
+                raise ArenaError(
+                    f"parameter {segment.name} has the shape {tuple(parameter.shape)} now and {segment.shape} in the "
+                    "arena: make a new arena, or engine, of what is trained now"
+                )
         self._parameters = live
         _check_parameters([(s.name, p) for s, p in zip(self.segments, self._parameters, strict=True)])
         device = self._parameters[0].device
@@ -290,6 +297,12 @@ def _check_parameters(named: list[tuple[str, nn.Parameter]]) -> None:
     for name, parameter in named:
         if not parameter.requires_grad:
             raise ArenaError(f"parameter {name} does not require a gradient")
+        # of a DTensor
+        if hasattr(parameter, "device_mesh"):
+            raise ArenaError(
+                f"parameter {name} is spread over processes (FSDP, tensor parallel), and the arena holds whole ones: "
+                "leave what is trained whole (kif.sharding.shard_base splits the frozen layers alone)"
+            )
         if not parameter.numel():
             raise ArenaError(f"parameter {name} has no elements: freeze it (requires_grad_(False))")
         if parameter.dtype != torch.float32:

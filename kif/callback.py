@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ class KIFCallback(TrainerCallback):
     Args:
         alpha: EMA factor, in [0, 1].
         save: write `IMPORTANCE_FILE` into each of the Trainer's checkpoints and continue from it when training is
-            resumed from one of them.
+            resumed from one of them in `output_dir`; where it is not there, a warning says so.
 
     Attributes:
         importance: float32 tensors in the parameters' shapes, by the names of `model.named_parameters()`.
 
     Raises: ValueError for an alpha outside [0, 1]; in training, naming a parameter of another dtype than float32,
-        bfloat16 and float16.
+        bfloat16 and float16 or one that is a DTensor, and for `save` in `hyperparameter_search`.
     """
 
     def __init__(self, alpha: float = 0.55, save: bool = False) -> None:
@@ -55,6 +56,9 @@ class KIFCallback(TrainerCallback):
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad or parameter.grad is None:
                 continue
+            # of a DTensor
+            if hasattr(parameter, "device_mesh"):
+                raise ValueError(f"KIFCallback cannot score parameter {name}, which is spread over processes (FSDP)")
             if name not in self.importance:
                 self.importance[name] = torch.zeros_like(parameter, dtype=torch.float32)
             try:
@@ -64,8 +68,15 @@ class KIFCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.importance = {}
+        if self.save and state.is_hyper_param_search:
+            raise ValueError(
+                "KIFCallback(save=True) does not work in hyperparameter_search, which does not tell callbacks where "
+                "its checkpoints lie: leave out save"
+            )
         file = _file(args, state)
-        if self.save and state.global_step and file.is_file():
+        if self.save and state.global_step and not file.is_file():
+            warnings.warn(f"{file} does not exist: importance begins anew at step {state.global_step}", stacklevel=2)
+        elif self.save and state.global_step:
             from safetensors.torch import load_file
 
             devices = {name: parameter.device for name, parameter in model.named_parameters()}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import asdict, dataclass, field, fields
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -63,21 +64,16 @@ class KIFArguments:
     def __post_init__(self) -> None:
         self.kif = asdict(kif_config(self.kif))
         given: Any = self
-        if self.outer_learning_rate is not None and min(self.outer_learning_rate, given.learning_rate) <= 0:
-            raise ValueError(f"outer_learning_rate and learning_rate must be positive, got {self.outer_learning_rate}")
+        if self.outer_learning_rate is not None and not min(self.outer_learning_rate, given.learning_rate) > 0:
+            rates = f"{self.outer_learning_rate} and {given.learning_rate}"
+            raise ValueError(f"outer_learning_rate and learning_rate must be positive, got {rates}")
         if given.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
             raise ValueError(_sharded("DeepSpeed"))
         if given.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
             raise ValueError(_sharded("FSDP"))
         if getattr(given, "parallelism_config", None) is not None:
             raise ValueError(_sharded("parallelism_config"))
-        if given.fp16:
-            raise ValueError("fp16 does not work with Recurrent-KIF: use bf16=True or fp32")
-        if given.optim not in OPTIMIZERS or given.optim_args or given.optim_target_modules:
-            raise ValueError(
-                f"optim={given.optim!r} does not work with Recurrent-KIF, which has AdamW with importances in one "
-                "pass: leave out optim, optim_args and optim_target_modules"
-            )
+        _check_optimization(given)
         super().__post_init__()  # type: ignore[misc]
 
 
@@ -132,10 +128,11 @@ class MemoryStream(Iterator[Any]):
 
     Args:
         loader: a data loader; with `set_epoch`, if the order depends on the epoch.
+        seed: an order that is drawn from torch's random numbers depends on this and on the epoch alone.
     """
 
-    def __init__(self, loader: Iterable[Any]) -> None:
-        self.loader = loader
+    def __init__(self, loader: Iterable[Any], seed: int = 0) -> None:
+        self.loader, self.seed = loader, seed
         self.epoch = self.position = 0
         self._batches: Iterator[Any] | None = None
 
@@ -160,11 +157,16 @@ class MemoryStream(Iterator[Any]):
 
     @_memory_at_fault()
     def open(self) -> Iterator[Any]:
-        """Start the epoch's iterator where the stream stands; this may draw random numbers."""
+        """Start the epoch's iterator where the stream stands; batches that are skipped may draw random numbers."""
         if self._batches is None:
             if hasattr(self.loader, "set_epoch"):
                 self.loader.set_epoch(self.epoch)
-            self._batches = iter(self.loader)
+            # a sampler draws the order (group_by_length) with the first batch, of which new rows must not depend
+            with torch.random.fork_rng(devices=()):
+                torch.default_generator.manual_seed(self.seed + self.epoch)
+                batches = iter(self.loader)
+                first = list(islice(batches, 1))
+            self._batches = chain(first, batches)
             for _ in range(self.position):
                 next(self._batches, None)
         return self._batches
@@ -240,7 +242,8 @@ class KIFOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue.
 
-        Raises: ValueError for a state of another optimizer or other switches, or with memory where there is none.
+        Raises: ValueError for a state of another optimizer or other switches, or with memory where there is none;
+            ArenaError for one of other parameters.
         """
         if "kif" not in state_dict:
             raise ValueError(
@@ -251,8 +254,9 @@ class KIFOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 "the checkpoint was made with memory_dataset and now there is none, or the other way round"
             )
-        super().load_state_dict({name: state_dict[name] for name in ("state", "param_groups")})
+        # the engine first: it names the parameter that differs
         self.engine.load_state_dict(kif["engine"])
+        super().load_state_dict({name: state_dict[name] for name in ("state", "param_groups")})
         self.inner_done, self.last_lr = kif["inner_done"], kif["last_lr"]
         if self.memory is not None:
             self.memory.load_state_dict(kif["memory"])
@@ -333,7 +337,8 @@ class KIFMixin:
                 "start one process for each with torchrun, or set CUDA_VISIBLE_DEVICES to one"
             )
         _check_generation(trainer.args)
-        trainer.add_callback(_Rounds(self))
+        # before the caller's, which may save the model in on_train_end
+        trainer.callback_handler.callbacks.insert(0, _Rounds(self))
 
     @property
     def engine(self) -> RecurrentKIF:
@@ -351,11 +356,14 @@ class KIFMixin:
         """A new arena and engine for the task; the Trainer calls it when training begins."""
         trainer: Any = self
         args, model = trainer.args, trainer.model if model is None else model
+        # they may have been set since (args.set_optimizer)
+        _check_optimization(args)
         optimizer = OptimizerConfig(
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
             weight_decay=args.weight_decay,
-            max_grad_norm=args.max_grad_norm,
+            # below 0 the Trainer does not clip either
+            max_grad_norm=max(args.max_grad_norm, 0.0),
         )
         _adapter_in_fp32(model)
         # since the last log, of this task alone: a task's last round may end after its last log
@@ -435,7 +443,8 @@ class KIFMixin:
         new_rows, trainer.train_dataset = trainer.train_dataset, memory
         try:
             with _memory_at_fault():
-                return MemoryStream(trainer.get_train_dataloader())
+                seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
+                return MemoryStream(trainer.get_train_dataloader(), seed)
         finally:
             trainer.train_dataset = new_rows
 
@@ -443,16 +452,14 @@ class KIFMixin:
     def _metrics_kept(self) -> Iterator[None]:
         """What TRL's trainers note at every loss, for their logs, is of new rows alone: put back as it was."""
         trainer: Any = self
-        metrics = getattr(trainer, "_metrics", None)
-        noted = metrics.get("train") if isinstance(metrics, dict) else None
-        noted = noted if isinstance(noted, dict) else {}
-        before = {key: copy(values) for key, values in noted.items()}
+        own = vars(trainer)
+        noted = {name: own[name] for name in ("_metrics", "_logs") if isinstance(own.get(name), dict)}
         tokens, seen = getattr(trainer, "_total_train_tokens", None), trainer.state.num_input_tokens_seen
+        own.update(_copied(noted))
         try:
             yield
         finally:
-            noted.clear()
-            noted.update(before)
+            own.update(noted)
             trainer.state.num_input_tokens_seen = seen
             if tokens is not None:
                 trainer._total_train_tokens = tokens
@@ -488,6 +495,14 @@ class KIFSeq2SeqTrainer(KIFMixin, Seq2SeqTrainer):
     """transformers' Seq2SeqTrainer with Recurrent-KIF; see `KIFMixin`."""
 
 
+def _copied(noted: Any) -> Any:
+    """A copy of dicts in dicts and of the lists in them, whose entries are the same."""
+    result = copy(noted)
+    if isinstance(noted, dict):
+        result.update({name: _copied(entry) for name, entry in noted.items()})
+    return result
+
+
 def _adapter_in_fp32(model: nn.Module) -> None:
     """Trainable parameters of PEFT's layers in fp32, which TRL casts to bf16 on a quantised base."""
     if not is_peft_available():
@@ -503,6 +518,17 @@ def _adapter_in_fp32(model: nn.Module) -> None:
             for parameter in held.parameters() if isinstance(held, nn.Module) else ():
                 if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                     parameter.data = parameter.data.float()
+
+
+def _check_optimization(args: Any) -> None:
+    """Raise ValueError for fp16 and another optimizer than the engine's."""
+    if args.fp16:
+        raise ValueError("fp16 does not work with Recurrent-KIF: use bf16=True or fp32")
+    if args.optim not in OPTIMIZERS or args.optim_args or args.optim_target_modules:
+        raise ValueError(
+            f"optim={getattr(args.optim, 'value', args.optim)!r} does not work with Recurrent-KIF, which has AdamW "
+            "with importances in one pass: leave out optim, optim_args and optim_target_modules"
+        )
 
 
 def _check_generation(args: Any) -> None:

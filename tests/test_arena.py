@@ -128,6 +128,10 @@ def test_a_parameter_that_left_alone_is_named() -> None:
     arena.rebind()
     arena.check()
     assert not arena.segments[1].view(arena.data).any()
+    for parameter in net.parameters():
+        parameter.data = torch.ones(1)
+    with pytest.raises(ArenaError, match=r"0\.weight has the shape \(1,\) now and \(7, 5\) in the arena"):
+        arena.check()
 
 
 def test_a_module_that_was_exchanged_is_named() -> None:

@@ -12,10 +12,14 @@ from safetensors.torch import load_file, save_file
 from tiny import build_tiny, topic_task
 from torch import distributed as dist
 from torch import multiprocessing, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import kif.generative
 import kif.run
+from kif.arena import ArenaError
+from kif.callback import KIFCallback
 from kif.config import KIFConfig, RunConfig
 from kif.engine import RecurrentKIF
 from kif.families import LanguageModel
@@ -187,5 +191,12 @@ def test_refusals(tmp_path: Path) -> None:
         layer[0].weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
         with pytest.raises(ValueError, match=r"layers\.0\.weight is torch\.int8: a quantised base cannot be split"):
             shard_base(model)
+        whole: Any = nn.Linear(2, 2)
+        fully_shard(whole, mesh=init_device_mesh("cpu", (1,)))
+        whole(torch.ones(1, 2)).sum().backward()
+        with pytest.raises(ArenaError, match=r"parameter weight is spread over processes .*shard_base"):
+            RecurrentKIF.of(whole)
+        with pytest.raises(ValueError, match="cannot score parameter weight, which is spread over processes"):
+            KIFCallback().on_pre_optimizer_step(None, None, None, model=whole)
     finally:
         dist.destroy_process_group()

@@ -15,11 +15,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import topic_task
-from transformers import DataCollatorForSeq2Seq, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    DataCollatorForSeq2Seq,
+    HfArgumentParser,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 from trl_setup import supervised
 
 import kif
 from kif import KIFCallback, KIFConfig, KIFTrainer, KIFTrainingArguments, OptimizerConfig, RecurrentKIF
+from kif.arena import ArenaError
 from kif.batches import BatchStream
 from kif.callback import IMPORTANCE_FILE
 from kif.config import RunConfig
@@ -209,6 +217,40 @@ def test_resuming_ends_bit_for_bit_alike(tiny_models: dict[str, Path], tmp_path:
     assert saved["memory"] == {"epoch": 1, "position": 1} and saved["inner_done"] == step % 3
 
 
+def test_resuming_with_batches_of_like_lengths(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """The order of the rows is drawn from torch's random numbers; the memory is in its second epoch."""
+    found = []
+    for resume in (None, str(tmp_path / "checkpoint-4")):
+        lm, _ = load(tiny_models)
+        rows = [{"input_ids": [*r.input_ids], "labels": [*r.input_ids]} for r in lm.encode(TASK, TASK.train)]
+        lm.tokenizer.pad_token = lm.tokenizer.eos_token
+        args = KIFTrainingArguments(
+            str(tmp_path), kif=SWITCHES, train_sampling_strategy="group_by_length", max_steps=8, save_steps=4,
+            per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        collator = DataCollatorForSeq2Seq(lm.tokenizer)
+        trainer = KIFTrainer(lm.model, args, train_dataset=rows, memory_dataset=rows[:4], data_collator=collator)
+        trainer.train(resume_from_checkpoint=resume)
+        found.append(weights(lm))
+    assert torch.equal(*found)
+
+
+def test_the_order_of_the_memory_is_its_own() -> None:
+    def stream() -> MemoryStream:
+        return MemoryStream(torch.utils.data.DataLoader(range(40), batch_size=10, shuffle=True), seed=3)  # type: ignore[arg-type]
+
+    before = torch.get_rng_state()
+    whole = stream()
+    drawn = [next(whole).tolist() for _ in range(8)]
+    first, second = ([row for batch in epoch for row in batch] for epoch in (drawn[:4], drawn[4:]))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert sorted(first) == sorted(second) == list(range(40)) and first != second
+    resumed = stream()
+    resumed.load_state_dict({"epoch": 1, "position": 2})
+    torch.rand(5)
+    assert [next(resumed).tolist() for _ in range(2)] == drawn[6:]
+
+
 def test_a_checkpoint_needs_its_memory_and_switches(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     lm, _ = load(tiny_models)
     train(lm, tmp_path, save_strategy="steps", save_steps=8)
@@ -216,6 +258,11 @@ def test_a_checkpoint_needs_its_memory_and_switches(tiny_models: dict[str, Path]
         train(load(tiny_models)[0], tmp_path, memory=0, resume=True)
     with pytest.raises(ValueError, match=r"kif\.outer_steps=2, here it is 1"):
         train(load(tiny_models)[0], tmp_path, resume=True, kif=KIFConfig(inner_steps=3, outer_steps=1))
+    lm, _ = load(tiny_models)
+    frozen = next(name for name, p in lm.model.named_parameters() if p.requires_grad)
+    lm.model.get_parameter(frozen).requires_grad_(False)
+    with pytest.raises(ArenaError, match=rf"does not fit: .*there \('{frozen}'"):
+        train(lm, tmp_path, resume=True)
 
 
 def test_the_gradient_is_clipped_once_and_scored_unclipped(tiny_models: dict[str, Path], tmp_path: Path) -> None:
@@ -227,6 +274,15 @@ def test_the_gradient_is_clipped_once_and_scored_unclipped(tiny_models: dict[str
     # alpha1 is 0.55, beta1 0.9
     assert arena.buffer("importance_in").norm().item() == pytest.approx(0.45 * logged, rel=1e-5)
     assert arena.buffer("inner.exp_avg").norm().item() == pytest.approx(0.1 * 0.25, rel=1e-5)
+
+
+def test_a_norm_below_zero_does_not_clip(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    found = []
+    for norm in (0.0, -1.0):
+        lm, _ = load(tiny_models)
+        train(lm, tmp_path, max_grad_norm=norm, max_steps=2)
+        found.append(weights(lm))
+    assert torch.equal(*found)
 
 
 def test_rows_of_differing_lengths_memory_and_tokenizer(tiny_models: dict[str, Path], tmp_path: Path) -> None:
@@ -318,8 +374,14 @@ class StopAt(TrainerCallback):
 
 def test_a_round_that_is_stopped_early_is_fused(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     lm, _ = load(tiny_models)
-    trainer = train(lm, tmp_path, callbacks=[StopAt(4)])
-    assert trainer.state.global_step == 4 and trainer.engine.rounds == 2
+    ended: list[int] = []
+
+    class AtEnd(TrainerCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+            ended.append(optimizer.optimizer.engine.rounds)
+
+    trainer = train(lm, tmp_path, callbacks=[AtEnd(), StopAt(4)])
+    assert trainer.state.global_step == 4 and trainer.engine.rounds == 2 and ended == [2]
     assert trainer.kif_optimizer.inner_done == 0
 
 
@@ -394,6 +456,9 @@ def test_the_callback_scores_and_changes_nothing(tiny_models: dict[str, Path], t
     assert (tmp_path / "checkpoint-3" / IMPORTANCE_FILE).is_file()
     for name, score in callback.importance.items():
         assert torch.equal(again.importance[name], score)
+    (tmp_path / "checkpoint-3" / IMPORTANCE_FILE).unlink()
+    with pytest.warns(UserWarning, match=rf"{IMPORTANCE_FILE} does not exist: importance begins anew at step 3"):
+        plain([again], resume=str(tmp_path / "checkpoint-3"))
 
 
 def test_the_callback_refuses_what_it_cannot_do() -> None:
@@ -405,6 +470,8 @@ def test_the_callback_refuses_what_it_cannot_do() -> None:
     model(torch.ones(1, 2).double()).sum().backward()
     with pytest.raises(ValueError, match=r"cannot score parameter 0\.weight: weight must be float32 .* got float64"):
         KIFCallback().on_pre_optimizer_step(None, None, None, model=model)
+    with pytest.raises(ValueError, match=r"save=True.* hyperparameter_search"):
+        KIFCallback(save=True).on_train_begin(None, TrainerState(is_hyper_param_search=True), None)
 
 
 def test_arguments_survive_to_dict_and_the_command_line(tmp_path: Path) -> None:
@@ -435,6 +502,8 @@ def test_arguments_survive_to_dict_and_the_command_line(tmp_path: Path) -> None:
         ({"kif": '{"outer_steps": 4'}, r"kif is neither a preset's name nor JSON \(Expecting .*: {\"outer_steps\": 4"),
         ({"kif": 5}, r"kif must be a KIFConfig, .* got 5"),
         ({"outer_learning_rate": 0.0}, "outer_learning_rate"),
+        ({"outer_learning_rate": float("nan")}, "outer_learning_rate"),
+        ({"outer_learning_rate": 1e-3, "learning_rate": 0.0}, r"got 0\.001 and 0\.0"),
         ({"optim": "adafactor"}, "adafactor"),
         ({"fp16": True}, "fp16"),
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "DeepSpeed"),
@@ -471,6 +540,8 @@ def test_the_trainer_refuses(tmp_path: Path) -> None:
     trainer.callback_handler.lr_scheduler = schedule
     with pytest.raises(ValueError, match="scheduler is of another optimizer"):
         trainer.callback_handler.on_train_begin(args, trainer.state, trainer.control)
+    with pytest.raises(ValueError, match="optim='adafactor' does not work"):
+        KIFTrainer(model=model, args=KIFTrainingArguments(str(tmp_path)).set_optimizer("adafactor")).create_optimizer()
     args._n_gpu = 2
     with pytest.raises(ValueError, match="torchrun"):
         KIFTrainer(model=model, args=args)

@@ -99,6 +99,8 @@ def test_outer_steps_answer_rows_of_the_memory(
     # what is logged is of new rows alone
     tokens = [log["num_tokens"] for log in trainer.state.log_history if "num_tokens" in log]
     assert tokens[-1] == trainer.state.num_input_tokens_seen
+    assert {prompt.split()[0] for prompt in trainer._logs["prompt"]} == {"market"}
+    assert len(trainer._logs["rewards"]["reward"]) == len(trainer._logs["prompt"])
     assert tokens[-1] <= 4 * 4 * accumulation * (4 + max(len(p) for prompts in rewarded for p in prompts))
 
 
