@@ -4,7 +4,8 @@
     python -m benchmarks.gate pair BASE [HEAD]                   two checkouts, measured in turn in one run
     python -m benchmarks.gate self-test                          an injected slowdown must fail, A against A must pass
 
-Exit status: 0 pass, 1 regression, 2 no verdict (another GPU, torch or triton, or nothing to compare).
+Exit status: 0 pass, 1 regression, 2 no verdict (another GPU, torch or triton, nothing to compare, or a file that
+is no result).
 
 A row is slower when its time grew by more than the noise allows: 1 + max(5%, 3 x noise). For `compare` the noise is
 what each result says of itself, quartile distance and difference of its first and second half, relative to the
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -70,8 +72,7 @@ def compare(base: Sequence[Result], head: Sequence[Result]) -> Report:
     """
     results = [*base, *head]
     for result in results:
-        if "rows" not in result or "env" not in result:
-            raise ValueError("not a result of python -m benchmarks.kernels: it has no rows")
+        _check(result)
     keys = {key(result) for result in results}
     if len(keys) > 1:
         return Report(NO_VERDICT, ["measured on different machines or versions:", *map(str, sorted(keys, key=str))])
@@ -93,14 +94,20 @@ def compare(base: Sequence[Result], head: Sequence[Result]) -> Report:
     return report
 
 
+def _check(result: Result) -> None:
+    if "rows" not in result or "env" not in result:
+        raise ValueError("not a result of python -m benchmarks.kernels: it has no rows")
+
+
 def _row_problems(base: list[Result], head: list[Result], report: Report, label: str) -> list[str]:
     problems = []
     for count in COUNTS:
         was, now = base[0].get(count), head[0].get(count)
         if was is not None and now is not None and now > was:
             problems.append(f"{count} {was} -> {now}")
-    # a graph leaves out the host; both or neither
-    field_name = "graph_us" if all(row.get("graph_us") for row in [*base, *head]) else "median_us"
+    # a graph leaves out the host; both or neither. Its time is a difference, which may be less than nothing
+    in_graph = all((row.get("graph_us") or 0.0) > 0.0 for row in [*base, *head])
+    field_name = "graph_us" if in_graph else "median_us"
     times = [[row[field_name] for row in rows] for rows in (base, head)]
     was, now = (statistics.median(values) for values in times)
     limit = 1.0 + max(FLOOR, NOISE_FACTOR * _noise(base, head, times))
@@ -127,18 +134,22 @@ def _noise(base: list[Result], head: list[Result], times: list[list[float]]) -> 
 
 
 def _rows(result: Result) -> dict[RowKey, Result]:
+    """Those with a time; NaN would be no slower than anything."""
     return {
         (row["operation"], row["set"], row["dtype"]): row
         for row in result["rows"]
-        if row["contender"] == CONTENDER and row["status"] == "ok"
+        if row["contender"] == CONTENDER and row["status"] == "ok" and 0.0 < row["median_us"] < math.inf
     }
 
 
 def _why_missing(results: Sequence[Result], name: RowKey) -> str:
     for result in results:
+        if name in _rows(result):
+            continue
         for row in result["rows"]:
             if (row["operation"], row["set"], row["dtype"]) == name and row["contender"] == CONTENDER:
-                return f"was measured before, now {row['status']}: {row['reason']}"
+                reason = row["reason"] if row["status"] != "ok" else f"{row['median_us']} us is no time"
+                return f"was measured before, now {row['status']}: {reason}"
     return "was measured before, now missing"
 
 
@@ -213,6 +224,16 @@ def slow_down(package: Path) -> None:
     path.write_text(text.replace(call, f"        [args[0].clone() for _ in range(6)]\n{call}"))
 
 
+def _read(path: Path) -> Result:
+    """A result. Raises: OSError; ValueError that names the file for one that is none."""
+    try:
+        result: Result = json.loads(path.read_text())
+        _check(result)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return result
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns: the exit status."""
     parser = argparse.ArgumentParser(
@@ -233,10 +254,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
     if args.command == "compare":
-        report = compare([json.loads(args.base.read_text())], [json.loads(args.head.read_text())])
+        try:
+            report = compare([_read(args.base)], [_read(args.head)])
+        except (OSError, ValueError) as error:
+            # not status 1: nothing became slower
+            parser.error(str(error))
     else:
         if args.rounds < 2:
             parser.error("--rounds must be at least 2: one run has no spread")
+        for folder in (args.base, args.head) if args.command == "pair" else ():
+            if not (folder / "kif_kernels").is_dir():
+                parser.error(f"{folder} has no kif_kernels")
         options = [f"--{name}={getattr(args, name)}" for name in ("sets", "ops", "budget", "device")]
         if args.command == "pair":
             report = pair(args.base, args.head, args.rounds, options)

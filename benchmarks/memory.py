@@ -190,13 +190,14 @@ def write_random(shape: str, folder: Path, device: torch.device) -> None:
     ).save_pretrained(folder)
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown, in MiB."""
-    lines = ["| | " + " | ".join((*PARTS, *PEAKS)) + " |", "|---" * (1 + len(PARTS) + len(PEAKS)) + "|"]
-    for result in results:
-        cells = [f"{result[name] / 2**20:.1f}" for name in (*PARTS, *PEAKS)]
-        lines.append(f"| {result['form']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+HEADER = "| | " + " | ".join((*PARTS, *PEAKS)) + " |\n" + "|---" * (1 + len(PARTS) + len(PEAKS)) + "|"
+"""Of the table, in Markdown."""
+
+
+def line(result: dict[str, Any]) -> str:
+    """A form's line of the table, in MiB."""
+    cells = [f"{result[name] / 2**20:.1f}" for name in (*PARTS, *PEAKS)]
+    return f"| {result['form']} | " + " | ".join(cells) + " |"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -222,27 +223,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _in_turn(args: argparse.Namespace) -> int:
-    """Each form in a process of its own; returns the exit status."""
-    results = []
+    """Each form in a process of its own; one that fails costs no other. Returns the exit status."""
+    versions = {name: _version(name) for name in ("transformers", "peft", "bitsandbytes")}
+    results: list[dict[str, Any]] = []
+    content = {
+        "environment": {**environment(torch.device(args.device)), **versions},
+        "model": args.shape or Path(args.model).name,
+        "rows": args.rows,
+        "length": args.length,
+        "results": results,
+    }
     shared = ["--model", args.model, "--device", args.device, "--rows", str(args.rows), "--length", str(args.length)]
+    failed = []
+    print(HEADER, flush=True)
     for form in args.forms:
         command = [sys.executable, "-m", "benchmarks.memory", "--here", "--forms", form, *shared]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
-            return done.returncode
+            failed.append(f"{form} (status {done.returncode})")
+            continue
         results.append(json.loads(done.stdout.splitlines()[-1]))
-    print(table(results))
-    if args.json is not None:
-        versions = {name: _version(name) for name in ("transformers", "peft", "bitsandbytes")}
-        content = {
-            "environment": {**environment(torch.device(args.device)), **versions},
-            "model": args.shape or Path(args.model).name,
-            "rows": args.rows,
-            "length": args.length,
-            "results": results,
-        }
-        write_json(args.json, content)
-    return 0
+        print(line(results[-1]), flush=True)
+        if args.json is not None:
+            # the time allowed may end with the next one
+            write_json(args.json, content)
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

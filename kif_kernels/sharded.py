@@ -65,7 +65,8 @@ def sharded_threshold(
         if inside is not None:
             if width == BINS:
                 bins[-1] -= above
-            bins[0] -= counts.sum() - above - inside
+            # not by the sum of counts: kernels may count a score of -0 in any bin, as its bits less the base overflow
+            bins[0] -= bins.sum() - inside
         from_top = above + bins.flip(0).cumsum(0)
         chosen = width - 1 - (from_top < rank).sum()
         inside = bins.gather(0, chosen.reshape(1))[0]

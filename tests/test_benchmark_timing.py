@@ -83,6 +83,12 @@ def test_only_timed_phases_count_on_a_gpu(gpu: Machine) -> None:
     assert 0 < timing.host_times(gpu, PHASES, 0.001).median < 5000
 
 
+def test_the_clock_gives_microseconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    phases = [Phase("timed", lambda: None), Phase("untimed", lambda: None, timed=False)]
+    monkeypatch.setattr(timing.time, "perf_counter", iter([1.0, 1.25, 2.0]).__next__)
+    assert timing._clocked(phases) == 250_000
+
+
 def test_a_capture_that_fails_gives_its_reason(gpu: Machine) -> None:
     def refuse() -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def test_noise_between_runs_counts_where_there_are_several() -> None:
     base = [result(row(median=median, iqr_us=90.0)) for median in (99.0, 100.0, 101.0)]
     slow = [result(row(median=median, iqr_us=90.0)) for median in (109.0, 110.0, 111.0)]
     assert gate.compare(base, slow).verdict == gate.REGRESSION
+    assert gate.compare(base[:2], slow[:2]).verdict == gate.REGRESSION
     assert gate.compare(base, base).verdict == gate.PASS
 
 
@@ -82,6 +84,20 @@ def test_graph_times_decide_where_both_have_them() -> None:
     assert verdict(base, result(row(graph_us=20.0, median=100.0))) == gate.REGRESSION
     assert verdict(base, result(row(graph_us=10.0, median=200.0, iqr_us=0.1))) == gate.PASS
     assert verdict(base, result(row(graph_us=None, median=200.0))) == gate.REGRESSION
+
+
+def test_a_graph_time_below_nothing_is_none() -> None:
+    base = result(row(graph_us=-0.5))
+    assert verdict(base, result(row(graph_us=5.0, median=200.0))) == gate.REGRESSION
+    assert verdict(base, result(row(graph_us=5.0))) == gate.PASS
+
+
+@pytest.mark.parametrize("time", [math.nan, math.inf, 0.0])
+def test_a_row_without_a_time_is_lost(time: float) -> None:
+    none = result(row(median=time, graph_us=1.0))
+    report = gate.compare([result(row(graph_us=1.0))] * 2, [result(row(graph_us=1.0)), none])
+    assert report.verdict == gate.REGRESSION and f"now ok: {time} us is no time" in str(report)
+    assert verdict(none, result(row())) == gate.NO_VERDICT
 
 
 @pytest.mark.parametrize("other", [{"gpu": "NVIDIA Y"}, {"torch": "2.12.0"}, {"triton": "3.9.0"}])
@@ -111,6 +127,27 @@ def test_the_command_line_ends_with_the_verdict(tmp_path: Path, capsys: pytest.C
     assert gate.main(["compare", base, slow]) == 1
     assert "slower: 100.0 us -> 200.0 us" in capsys.readouterr().out
     assert gate.main(["compare", base, other]) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "No such file"), ('{"env": {}, "rows": [', "Expecting value"), ('{"env": {}}', "it has no rows")],
+)
+def test_what_cannot_be_read_is_named_and_is_no_regression(
+    content: str | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    good.write_text(json.dumps(result(row())))
+    if content is not None:
+        bad.write_text(content)
+    for files in ((good, bad), (bad, good)):
+        with pytest.raises(SystemExit) as end:
+            gate.main(["compare", *map(str, files)])
+        error = capsys.readouterr().err
+        assert end.value.code == gate.NO_VERDICT and str(bad) in error and words in error
+    with pytest.raises(SystemExit) as end:
+        gate.main(["pair", str(tmp_path)])
+    assert end.value.code == gate.NO_VERDICT and f"{tmp_path} has no kif_kernels" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_result_is_refused() -> None:

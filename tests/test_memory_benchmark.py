@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,29 @@ def test_parts_and_peaks(tiny_models: dict[str, Path], tmp_path: Path, capsys: p
     assert full["before"] <= full["training"] and full["loaded"] <= full["loading"]
     assert f"| fp32 | {full['base'] / 2**20:.1f} | {full['adapter'] / 2**20:.1f} |" in printed
     assert content["environment"]["transformers"] and content["model"] == tiny_models["llama"].name
+
+
+def test_a_form_that_fails_costs_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured is written before the next form, whose time may be up."""
+    target = tmp_path / "m.json"
+    known = []
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        form = command[command.index("--forms") + 1]
+        known.append([result["form"] for result in json.loads(target.read_text())["results"]] if known else [])
+        found = {"form": form, **dict.fromkeys((*memory.PARTS, *memory.PEAKS), 2**20)}
+        return subprocess.CompletedProcess(command, 9 if form == "int8" else 0, json.dumps(found))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(memory, "environment", lambda device: {})
+    options = ["--forms", "nf4", "int8", "bf16", "--json", str(target)]
+    assert memory.main(["--model", "x", *options]) == 1
+    assert known == [[], ["nf4"], ["nf4"]]
+    assert [result["form"] for result in json.loads(target.read_text())["results"]] == ["nf4", "bf16"]
+    printed = capsys.readouterr().out
+    assert "| bf16 | 1.0 |" in printed and "failed: int8 (status 9)" in printed
 
 
 def test_scales_of_quantised_weights_count(tiny_models: dict[str, Path]) -> None:

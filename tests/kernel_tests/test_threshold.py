@@ -278,3 +278,11 @@ def test_what_cannot_be_ranked_is_refused(device: torch.device) -> None:
         kk.importance_threshold(values("normal", 100, 0).abs().double().to(device), 0.2)
     with pytest.raises(ValueError, match="cannot rank"):
         kk.importance_threshold(x[:0], 0.2)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_scores_of_minus_zero_are_zeros_in_a_sharded_threshold(density: float, device: torch.device) -> None:
+    """Their bits less the base of a window do not fit into 32 bits."""
+    x = torch.tensor([-0.0] * 9 + [1.5, 1e-41, 0.25, 3.0, 0.0, -0.0], device=device)
+    expected = x.sort(descending=True).values[kk.checks.mask_size(density, x.numel()) - 1]
+    assert kk.sharded_threshold(x, density) == expected
