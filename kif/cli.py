@@ -207,6 +207,8 @@ def compare(argv: Sequence[str]) -> int:
         raise ValueError("a comparison goes on by itself where it stopped, run by run: give it no --resume")
     if base.continue_from:
         raise ValueError("a comparison trains from the start: give it no --from")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("a comparison starts its runs itself, each as one process: leave torchrun out")
     from kif.compare import plan, run
     from kif.report import comparison_table, load_runs, write_report
 
