@@ -55,8 +55,12 @@ def variant_config(base: RunConfig, name: str) -> RunConfig:
     config = _preset_config(base, name, method, presets[0] if presets else "")
     section = METHODS[config.method].section
     own = {f.name for f in fields(SECTIONS[section])} if section else set()
-    changes = dict(part.split("=", 1) for part in parts if "=" in part)
-    named = {f"{section}.{field}" if field in own else field: value for field, value in changes.items()}
+    named: dict[str, str] = {}
+    for given, value in (part.split("=", 1) for part in parts if "=" in part):
+        field = f"{section}.{given}" if given in own else given
+        if field in named:
+            raise ConfigError(f"{name!r}: {field} is given twice")
+        named[field] = value
     for field in ("method", "seed", *INCIDENTAL):
         if field in named:
             raise ConfigError(f"{name!r}: {field} makes no other method of it; leave it out")

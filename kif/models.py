@@ -165,6 +165,8 @@ def resolve_device(device: str) -> torch.device:
 
 
 def _from_pretrained(auto_class: Any, name: str) -> Any:
+    if Path(name).is_file():
+        raise ValueError(f"model {name} is a file: give the folder that holds it")
     try:
         return auto_class.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -85,10 +85,10 @@ def state_to_resume(config: RunConfig, checkpoints: Checkpoints, identity: State
         # no process changes the folder before all have seen it
         gather(True)
         if checkpoints or not begun:
-            raise FileNotFoundError(
-                f"{checkpoints.folder} holds no checkpoint to resume from: remove {config.output} and start again "
-                "without resume"
-            )
+            advice = f"remove {config.output} and start again without resume"
+            if output.is_dir() and not checkpoints:
+                advice = f"{config.output} is no run folder, choose another --output"
+            raise FileNotFoundError(f"{checkpoints.folder} holds no checkpoint to resume from: {advice}")
         _warn(f"{config.output} ended before its first checkpoint: it starts from the beginning")
         return None
     if state["config_hash"] != config_hash(identity):

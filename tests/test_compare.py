@@ -66,6 +66,8 @@ def test_a_name_can_set_fields(tmp_path: Path) -> None:
         (["seqlora:lrr=1"], "'seqlora:lrr=1': unknown field 'lrr'; did you mean 'lr'"),
         (["kif:density=2"], r"'kif:density=2': kif.density must lie in \[0, 1\]"),
         (["kif:gm:adaptive"], "more than one preset"),
+        (["seqlora:lr=1:lr=2"], "'seqlora:lr=1:lr=2': lr is given twice"),
+        (["kif:density=0.1:kif.density=0.2"], "kif.density is given twice"),
         (["seqlorra"], "unknown method 'seqlorra'; did you mean 'seqlora'"),
         (["seqlora", ""], "unknown method ''; there are recurrent-kif, seqlora, "),
         (["qqqq"], "unknown method 'qqqq'; there are recurrent-kif, seqlora, "),

@@ -168,6 +168,12 @@ def test_a_model_without_gradient_checkpointing_is_refused(folders: Folders, mon
         load(folders["llama"], gradient_checkpointing=True)
 
 
+def test_a_file_is_no_model(folders: Folders) -> None:
+    for name in ("config.json", "model.safetensors"):
+        with pytest.raises(ValueError, match=f"model .*{name} is a file: give the folder that holds it"):
+            load(folders["t5"] / name)
+
+
 @pytest.mark.parametrize("kind, head", [("t5", "cosine"), ("llama", "cosine"), ("bert", "cosine"), ("bert", "linear")])
 def test_bf16(folders: Folders, kind: str, head: Any) -> None:
     lm, exact = load(folders[kind], precision="bf16", head=head), load(folders[kind], head=head)
