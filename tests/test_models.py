@@ -256,6 +256,19 @@ def test_adapters_that_do_not_fit(folders: Folders, tmp_path: Path) -> None:
         load(folders["llama"], tmp_path / "vera")
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_damaged_adapter_is_named(folders: Folders, tmp_path: Path, name: str) -> None:
+    file = saved(tmp_path / "adapter", load(folders["t5"])) / name
+    whole = file.read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"[]"):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is damaged: "):
+            load(folders["t5"], file.parent)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{name} does not exist: no "):
+        load(folders["t5"], file.parent)
+
+
 def test_linear_head_for_other_labels_is_refused(folders: Folders, tmp_path: Path) -> None:
     adapter = saved(tmp_path / "adapter", load(folders["bert"], head="linear"))
     config = RunConfig(model=str(folders["bert"]), device="cpu", head="linear")
