@@ -35,20 +35,20 @@ def main(argv: list[str] | None = None) -> int:
             # a terminal that cannot show a character of a table is no reason to fail
             stream.reconfigure(errors="replace")
     try:
-        if arguments and arguments[0] in COMMANDS:
-            status = COMMANDS[arguments[0]](arguments[1:])
-        else:
-            status = _top_level(arguments)
+        status = _status(arguments)
         sys.stdout.flush()
         return status
     except Preempted as stop:
         return _complain(str(stop), PREEMPTED)
-    except SystemExit as stop:  # argparse and tyro: --help, or a message already printed
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt as stop:
         return _complain(": ".join(["interrupted", *map(str, stop.args)]), 130)
     except BrokenPipeError:  # the reader of our output went away, as in `kif methods | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except BrokenPipeError:
+                # or the interpreter would try again, say so, and end with a status of its own
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 1
     except ModuleNotFoundError as error:
         wanted = _package(error.name or "")
@@ -61,6 +61,18 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, OSError) and error.errno in FULL:
             return _complain(f"failed: {error}", 1)
         return _complain(str(error), 2) if _refused(error) else _failed(error)
+
+
+def _status(arguments: Sequence[str]) -> int:
+    """Run one command; argparse and tyro end it themselves for --help, and where they have printed a message."""
+    try:
+        if arguments and arguments[0] in COMMANDS:
+            return COMMANDS[arguments[0]](arguments[1:])
+        return _top_level(arguments)
+    except Preempted:
+        raise
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
 
 
 def train(argv: Sequence[str]) -> int:
@@ -207,6 +219,8 @@ def compare(argv: Sequence[str]) -> int:
         raise ValueError("a comparison goes on by itself where it stopped, run by run: give it no --resume")
     if base.continue_from:
         raise ValueError("a comparison trains from the start: give it no --from")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("a comparison starts its runs itself, each as one process: leave torchrun out")
     from kif.compare import plan, run
     from kif.report import comparison_table, load_runs, write_report
 
@@ -308,7 +322,10 @@ def _parser(name: str, command: Command) -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value

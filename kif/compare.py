@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from kif.checkpoint import difference
 from kif.config import PRESETS, SECTIONS, KIFConfig, RunConfig
 from kif.configfile import ConfigError, changed, dump_config, full_method_name, load_config, nearest_or_raise
+from kif.files import claimed
 from kif.methods import METHODS
 from kif.preemption import Preemption, preemption
 from kif.resume import with_absolute_folders
@@ -53,8 +55,12 @@ def variant_config(base: RunConfig, name: str) -> RunConfig:
     config = _preset_config(base, name, method, presets[0] if presets else "")
     section = METHODS[config.method].section
     own = {f.name for f in fields(SECTIONS[section])} if section else set()
-    changes = dict(part.split("=", 1) for part in parts if "=" in part)
-    named = {f"{section}.{field}" if field in own else field: value for field, value in changes.items()}
+    named: dict[str, str] = {}
+    for given, value in (part.split("=", 1) for part in parts if "=" in part):
+        field = f"{section}.{given}" if given in own else given
+        if field in named:
+            raise ConfigError(f"{name!r}: {field} is given twice")
+        named[field] = value
     for field in ("method", "seed", *INCIDENTAL):
         if field in named:
             raise ConfigError(f"{name!r}: {field} makes no other method of it; leave it out")
@@ -98,8 +104,8 @@ def plan(base: RunConfig, names: Sequence[str], seeds: Sequence[int]) -> list[Ce
         for place, config in zip(folders, configs, strict=True):
             folder = Path(base.output) / place / f"seed-{seed}"
             cell = Cell(folder, replace(config, seed=seed, output=str(folder)))
-            if cell.finished:
-                _check_same(cell)
+            if cell.finished and (other := _other_settings(cell)):
+                raise ConfigError(other)
             cells.append(cell)
     return cells
 
@@ -108,7 +114,8 @@ def run(cells: Sequence[Cell], jobs: int) -> list[str]:
     """Train the cells that are not finished, each in a process of its own; returns what failed, one line each.
 
     A cell appears under its name only when it is finished. One that was interrupted goes on from its last checkpoint,
-    unless it was begun with other settings: then it begins anew. SIGTERM is passed on, and no more cells are begun.
+    unless it was begun with other settings: then it begins anew. One that another command trains is left to it, and
+    counts as failed. SIGTERM is passed on, and no more cells are begun.
     Raises: Preempted after SIGTERM, when all processes have ended.
     """
     with preemption("the same command goes on with what is not finished") as stop:
@@ -122,18 +129,30 @@ def run(cells: Sequence[Cell], jobs: int) -> list[str]:
 def _train(stop: Preemption, cell: Cell) -> str:
     if stop.received:
         return ""
+    with ExitStack() as held:
+        try:
+            # the folder that is trained in is claimed by the process that trains
+            claim = held.enter_context(claimed(cell.folder.with_name(cell.folder.name + ".claim")))
+        except FileExistsError:
+            return f"{cell.folder}: is being trained by another command; wait for it, or choose another --output"
+        if cell.finished:
+            # by another command, since this one began
+            return _other_settings(cell)
+        return _train_claimed(stop, cell, claim)
+
+
+def _train_claimed(stop: Preemption, cell: Cell, claim: int) -> str:
+    """As `_train`; the process that trains shares the claim, since it may outlive this one."""
     unfinished = cell.folder.with_name(cell.folder.name + ".partial")
     resume = _can_go_on(cell, unfinished)
     if not resume:
         shutil.rmtree(unfinished, ignore_errors=True)
-    cell.folder.parent.mkdir(parents=True, exist_ok=True)
     settings = cell.folder.with_name(cell.folder.name + ".yaml")
     dump_config(replace(cell.config, output=str(unfinished), resume=resume), settings)
     log = cell.folder.with_name(cell.folder.name + ".log")
+    command = [*_command(), "train", "--config", str(settings)]
     with log.open("a" if resume else "w") as stream:
-        process = subprocess.Popen(
-            [*_command(), "train", "--config", str(settings)], stdout=stream, stderr=subprocess.STDOUT
-        )
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, pass_fds=[claim])
         status = _wait(process, stop)
     if status != 0:
         return f"{cell.folder}: exit status {status}, see {log}"
@@ -170,14 +189,14 @@ def _can_go_on(cell: Cell, unfinished: Path) -> bool:
         return False
 
 
-def _check_same(cell: Cell) -> None:
+def _other_settings(cell: Cell) -> str:
+    """What to say of a finished cell of other settings; nothing of one of the same."""
     found = _difference(cell, cell.folder)
-    if found is not None:
-        name, then, now = found
-        raise ConfigError(
-            f"{cell.folder} was run with {name}={then!r}, now it is {now!r}: choose another --output, or remove the "
-            "folder"
-        )
+    if found is None:
+        return ""
+    name, then, now = found
+    advice = "choose another --output, or remove the folder"
+    return f"{cell.folder} was run with {name}={then!r}, now it is {now!r}: {advice}"
 
 
 def _difference(cell: Cell, folder: Path) -> tuple[str, Any, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from kif.encoder import COSINE_SCALE
+from kif.faults import disk_space
 from kif.methods import METHODS
 from kif.methods.base import METHOD_FILE
 from kif.models import load_language_model
@@ -39,7 +41,7 @@ def export(run: Path, output: Path, *, checkpoint: int | None = None, dtype: str
         dtype: `fp32` or `bf16`, of the written weights. Default: the precision that the run was trained with.
         changes: configuration fields to replace: model.
     Raises: ValueError for a method whose adapter is more than LoRA; FileExistsError for a folder that holds anything;
-        FileNotFoundError naming the missing file.
+        FileNotFoundError naming the missing file; DiskFull, with nothing written.
     """
     from safetensors.torch import save_file
 
@@ -83,12 +85,19 @@ def export(run: Path, output: Path, *, checkpoint: int | None = None, dtype: str
                 f"{COSINE_SCALE:g} * cosine of the mean of the last hidden states over the text's tokens and each row "
                 f"of label_embeddings in {LABELS}"
             )
-    output.mkdir(parents=True, exist_ok=True)
-    merged.to(DTYPES[wanted]).save_pretrained(str(output), safe_serialization=True)
-    lm.tokenizer.save_pretrained(str(output))
-    if embeddings is not None:
-        save_file({"label_embeddings": embeddings.float().cpu().contiguous()}, output / LABELS)
-    (output / INFO).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+    merged.to(DTYPES[wanted])
+    with disk_space(output, sum(p.nbytes for p in merged.parameters())):
+        output.mkdir(parents=True, exist_ok=True)
+        try:
+            merged.save_pretrained(str(output), safe_serialization=True)
+            lm.tokenizer.save_pretrained(str(output))
+            if embeddings is not None:
+                save_file({"label_embeddings": embeddings.float().cpu().contiguous()}, output / LABELS)
+            (output / INFO).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+        except BaseException:
+            # half a model would be taken for a whole one, and stop the retry
+            shutil.rmtree(output, ignore_errors=True)
+            raise
     if lm.family == "encoder":
         return "AutoModelForSequenceClassification" if embeddings is None else "AutoModel"
     return "AutoModelForSeq2SeqLM" if lm.family == "encoder-decoder" else "AutoModelForCausalLM"

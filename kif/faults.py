@@ -155,7 +155,8 @@ def disk_space(path: Path, needed: int | None = None) -> Iterator[None]:
         size = "" if needed is None else f"{bytes_in_words(needed)} are needed, "
         raise DiskFull(
             f"{path} cannot be written: {os.strerror(number)}; {size}{bytes_in_words(shutil.disk_usage(there).free)} "
-            "are free there. Make room, then give the same command with --resume: what was saved before is kept"
+            "are free there. Make room, then give the same command, `kif train` with --resume: what was saved before "
+            "is kept"
         ) from error
 
 

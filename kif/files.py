@@ -55,10 +55,11 @@ def is_empty(output: Path) -> bool:
 
 
 @contextmanager
-def claimed(output: Path) -> Iterator[None]:
+def claimed(output: Path) -> Iterator[int]:
     """Make a run's folder and hold it for the body, so that no other process writes it; a failed start leaves none.
 
-    The system ends the claim with the process, whatever ends that. Where it has no locks, nothing is held.
+    The system ends the claim with the process, whatever ends that, and with those that it has passed the yielded file
+    descriptor. Where it has no locks, nothing is held.
 
     Raises: FileExistsError for a folder that another process holds; ValueError where it cannot be written; DiskFull.
     """
@@ -74,7 +75,7 @@ def claimed(output: Path) -> Iterator[None]:
         if _is_held(file, path):
             raise FileExistsError(f"{output} is being written by another process: choose another --output, or wait")
         try:
-            yield
+            yield file.fileno()
         finally:
             with suppress(OSError):
                 path.unlink()

@@ -165,6 +165,8 @@ def resolve_device(device: str) -> torch.device:
 
 
 def _from_pretrained(auto_class: Any, name: str) -> Any:
+    if Path(name).is_file():
+        raise ValueError(f"model {name} is a file: give the folder that holds it")
     try:
         return auto_class.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -321,10 +323,23 @@ def _forget_generation_settings(base: Any, name: str) -> None:
 
 def _load_adapter(base: Any, family: Family, config: RunConfig, name: str, folder: Path) -> Any:
     from peft import LoraConfig, PeftConfig, PeftModel
+    from safetensors import SafetensorError, safe_open
 
     if not (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{folder / 'adapter_config.json'} does not exist: no adapter there")
-    saved = PeftConfig.from_pretrained(str(folder))
+    try:
+        saved = PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder / 'adapter_config.json'} is damaged: {error}") from error
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        # PEFT would ask the hub for it
+        raise FileNotFoundError(f"{weights} does not exist: no weights of the adapter there")
+    try:
+        with safe_open(weights, framework="pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{weights} is damaged: {error}") from error
     recorded = saved.base_model_name_or_path or "an unknown model"
     both = f"the adapter in {folder} was made for {recorded}, the run uses {name}"
     if not isinstance(saved, LoraConfig):

@@ -241,11 +241,13 @@ def predict_file(
     """`Predictor.run` on a file, which may be a .gz, or on standard input for `-`, into a new file or to standard
     output; a score is told on standard error.
 
-    Raises: as Predictor; FileNotFoundError for the file, FileExistsError for an output that exists, ValueError where
-        standard input is closed.
+    Raises: as Predictor; FileNotFoundError or IsADirectoryError for the file, FileExistsError for an output that
+        exists, ValueError where standard input is closed.
     """
-    if file != "-" and not Path(file).is_file():
+    if file != "-" and not Path(file).exists():
         raise FileNotFoundError(f"{file} does not exist")
+    if Path(file).is_dir():
+        raise IsADirectoryError(f"{file} is a folder: name a file of it")
     if file == "-" and sys.stdin is None:
         raise ValueError("standard input is closed: name a file, or give lines there")
     if output is not None and output.exists():

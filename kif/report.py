@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kif.files import write_json
 from kif.plots import plot_accuracy_matrix, plot_tasks
 from kif.results import ReportError, Results, group_runs, load_results, load_runs, parse_results
 
@@ -133,7 +134,7 @@ def write_report(runs: Sequence[Path], output: Path) -> list[Path]:
         path = output / ("tasks.png" if len(sequences) == 1 else f"tasks-{number}.png")
         plot_tasks([result for result in results if tuple(result.tasks) == sequence], path)
         written.append(path)
-    merged.write_text(json.dumps(summary(results), indent=1) + "\n", encoding="utf-8")
+    write_json(merged, summary(results))
     return [*written, merged]
 
 

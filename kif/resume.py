@@ -61,6 +61,19 @@ def identity_of(
     return {**settings, "names": [task.name for task in tasks], "data": data, "processes": world()[1]}
 
 
+def check_alike(config: RunConfig, identity: State) -> None:
+    """Raise ValueError in all processes where one was given another configuration or other data than the first."""
+    first, *others = gather({**identity, "resume": config.resume, "checkpoint_rounds": config.checkpoint_rounds})
+    for rank, other in enumerate(others, 1):
+        found = difference(first, other)
+        if found is not None:
+            name, given, here = found
+            raise ValueError(
+                f"process {rank} was given {name}={here!r}, process 0 {given!r}: all must get the same options and "
+                "read the same files"
+            )
+
+
 def state_to_resume(config: RunConfig, checkpoints: Checkpoints, identity: State, device: torch.device) -> State | None:
     """The checkpoint to continue from; None where the run ended before its first one, which begins anew.
 
@@ -73,10 +86,10 @@ def state_to_resume(config: RunConfig, checkpoints: Checkpoints, identity: State
         # no process changes the folder before all have seen it
         gather(True)
         if checkpoints or not begun:
-            raise FileNotFoundError(
-                f"{checkpoints.folder} holds no checkpoint to resume from: remove {config.output} and start again "
-                "without resume"
-            )
+            advice = f"remove {config.output} and start again without resume"
+            if output.is_dir() and not checkpoints:
+                advice = f"{config.output} is no run folder, choose another --output"
+            raise FileNotFoundError(f"{checkpoints.folder} holds no checkpoint to resume from: {advice}")
         _warn(f"{config.output} ended before its first checkpoint: it starts from the beginning")
         return None
     if state["config_hash"] != config_hash(identity):

@@ -33,6 +33,7 @@ from kif.progress import Progress
 from kif.resume import (
     RESULTS,
     STATE,
+    check_alike,
     finished_results,
     identity_of,
     note_environment,
@@ -157,6 +158,7 @@ def _train(config: RunConfig, progress: bool, stop: Preemption, held: ExitStack)
 
     checkpoints = Checkpoints(output / STATE, config.keep_checkpoints)
     identity = identity_of(config, tasks, lm, earlier.memory if earlier is not None else {})
+    check_alike(config, identity)
     state = state_to_resume(config, checkpoints, identity, lm.device) if config.resume else None
     if rank == 0 and state is None:
         dump_config(with_absolute_folders(config), output / "config.yaml")

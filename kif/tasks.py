@@ -252,9 +252,19 @@ def _load_task(folder: Path, name: str, manifest: dict[str, Any]) -> Task:
         raise DataError(f"must be accuracy or rougeL, not {metric!r}", path, field=f"tasks.{name}.metric")
     if labels is not None:
         named = isinstance(labels, list) and all(isinstance(label, str) and label.strip() for label in labels)
-        # Answers are compared without case and outer blanks, so labels must differ beyond these.
-        if not named or not labels or len({label.strip().lower() for label in labels}) < len(labels):
+        if not named or not labels:
             raise DataError("must be null or a list of different texts", path, field=f"tasks.{name}.labels")
+        # Answers are compared without case and outer blanks, so labels must differ beyond these.
+        seen: dict[str, str] = {}
+        for label in labels:
+            form = label.strip().lower()
+            if form in seen:
+                raise DataError(
+                    "must be null or a list of different texts, beyond case and outer blanks; "
+                    f"{seen[form]!r} and {label!r} are not",
+                    path, field=f"tasks.{name}.labels",
+                )  # fmt: skip
+            seen[form] = label
         labels = tuple(labels)
     splits = {split: _read_split(folder / name, split, labels) for split in SPLITS}
     if not splits["train"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--epochs", "many"], "--epochs"),
         (["eval", "nowhere"], "nowhere is no run folder"),
         (["eval", "nowhere", "--checkpoint", "0"], "must be at least 1"),
+        (["eval", "nowhere", "--checkpoint", "last"], "must be a whole number, got 'last'"),
         (["eval", "nowhere", "--checkpoint", "1", "--adapter", "a"], "not allowed with argument"),
         (["predict"], "required: RUN"),
         (["predict", "nowhere", "--batch-size", "0"], "must be at least 1"),
@@ -257,17 +259,22 @@ def test_own_arguments_are_the_default(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert capsys.readouterr().out.startswith("kif ")
 
 
-def test_a_closed_pipe_is_no_traceback() -> None:
+@pytest.mark.parametrize(("argv", "streams"), [(["doctor"], [1]), (["--help"], [1]), (["eval", "--help"], [1, 2])])
+def test_a_closed_pipe_is_no_traceback(argv: list[str], streams: list[int]) -> None:
     """As in `kif doctor | true`."""
     lines = (
         "import os, sys",
         "from kif.cli import main",
         "reader, writer = os.pipe()",
-        "os.dup2(writer, 1)",
+        *(f"os.dup2(writer, {stream})" for stream in streams),
         "os.close(writer), os.close(reader)",
-        "sys.exit(main(['doctor']))",
+        f"sys.exit(main({argv}))",
     )
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+    # Python's own buffer holds what is printed until the end
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False, env=variables
+    )
     assert (done.returncode, done.stderr) == (1, "")
 
 

@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from kif import cli, compare
 from kif.config import KIFConfig, RunConfig
 from kif.configfile import ConfigError, dump_config, load_config, parse_run_config
 from kif.faults import PREEMPTED, Preempted
+from kif.files import claimed
 from kif.methods import ALIASES, METHODS
+from kif.preemption import preemption
 
 
 def base(output: Path, **options: Any) -> RunConfig:
@@ -62,6 +66,8 @@ def test_a_name_can_set_fields(tmp_path: Path) -> None:
         (["seqlora:lrr=1"], "'seqlora:lrr=1': unknown field 'lrr'; did you mean 'lr'"),
         (["kif:density=2"], r"'kif:density=2': kif.density must lie in \[0, 1\]"),
         (["kif:gm:adaptive"], "more than one preset"),
+        (["seqlora:lr=1:lr=2"], "'seqlora:lr=1:lr=2': lr is given twice"),
+        (["kif:density=0.1:kif.density=0.2"], "kif.density is given twice"),
         (["seqlorra"], "unknown method 'seqlorra'; did you mean 'seqlora'"),
         (["seqlora", ""], "unknown method ''; there are recurrent-kif, seqlora, "),
         (["qqqq"], "unknown method 'qqqq'; there are recurrent-kif, seqlora, "),
@@ -185,6 +191,73 @@ def test_a_failed_cell_leaves_the_others(written: Path, tiny_models: dict[str, P
     assert len(failed) == 1 and "exit status 2" in failed[0]
     assert "no linear layer is named 'nothing'" in (broken.folder.parent / "seed-0.log").read_text()
     assert cells[1].finished and not broken.finished
+
+
+def test_a_cell_that_another_command_trains_is_left_to_it(tmp_path: Path) -> None:
+    cell = compare.plan(base(tmp_path), ["seqlora"], [0])[0]
+    unfinished = tmp_path / "seqlora" / "seed-0.partial"
+    unfinished.mkdir(parents=True)
+    with claimed(tmp_path / "seqlora" / "seed-0.claim"):
+        failed = compare.run([cell], jobs=1)
+    assert len(failed) == 1 and failed[0].startswith(f"{cell.folder}: is being trained by another command; wait for it")
+    assert [path.name for path in (tmp_path / "seqlora").iterdir()] == ["seed-0.partial"]
+
+
+def test_a_cell_that_another_command_has_finished_meanwhile_is_not_run_again(tmp_path: Path) -> None:
+    cell = compare.plan(base(tmp_path), ["seqlora"], [0])[0]
+    other = compare.Cell(cell.folder, replace(cell.config, lr=1.0))
+    with preemption("") as stop:
+        cell.folder.mkdir(parents=True)
+        dump_config(cell.config, cell.folder / "config.yaml")
+        (cell.folder / "results.json").write_text("{}")
+        assert compare._train(stop, cell) == ""
+        assert "was run with lr=0.0003, now it is 1.0" in compare._train(stop, other)
+    assert [path.name for path in cell.folder.parent.iterdir()] == ["seed-0"]
+
+
+KILLED = """
+import os, signal, sys, threading, time
+
+from kif import compare
+from kif.config import RunConfig
+
+code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+compare._command = lambda: [sys.executable, "-c", code]
+cells = compare.plan(RunConfig(model="m", data="d", order="abc", output=sys.argv[1]), ["seqlora"], [0])
+threading.Thread(target=compare.run, args=(cells, 1), daemon=True).start()
+log = cells[0].folder.with_name("seed-0.log")
+while not log.is_file() or not log.read_text():
+    time.sleep(0.01)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_cell_stays_claimed_while_its_process_outlives_the_command(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    claim = tmp_path / "seqlora" / "seed-0.claim"
+    left = int((tmp_path / "seqlora" / "seed-0.log").read_text())
+    try:
+        with pytest.raises(FileExistsError), claimed(claim):
+            pass
+    finally:
+        os.kill(left, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with claimed(claim):
+                break
+        except FileExistsError:
+            assert time.monotonic() < deadline
+
+
+def test_several_processes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(arguments(tmp_path, tmp_path, tmp_path / "out", "--methods", "seqlora")) == 2
+    assert "starts its runs itself, each as one process: leave torchrun out" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("option", [["--seed", "7"], ["--seed=0"], ["--method", "ewc"]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import json
 import shutil
@@ -296,7 +297,10 @@ def test_memory_from_elsewhere(
         (ROW.replace("colours", "colour"), {}, r"rows.jsonl:1: field 'task': .*'colours'"),
         (ROW.replace("red", "blue"), {}, r"rows.jsonl:1: field 'label': 'blue' is no"),
         ('{"task": "colours", "input": "b", "label": "red"}', {}, "lacks the columns instruction; it has"),
-        ("{", {}, r"rows.jsonl cannot be read: (?!DatasetGenerationError)"),
+        ("{", {}, r"rows.jsonl:1: invalid JSON: "),
+        (f"{ROW}\n\n[]", {}, "rows.jsonl:3: must be a JSON object, not a list"),
+        (f"[{ROW},\n3]", {}, "rows.jsonl:2: must be a JSON object, not a number"),
+        (ROW.replace('"colours"', '["colours"]'), {}, r"rows.jsonl:1: field 'task': \['colours'\] is no task"),
         ("", {}, "rows.jsonl cannot be read: it holds no rows"),
         (None, {}, "rows.jsonl does not exist"),
         ("x", {"memory_data": "rows.txt"}, "must be a folder or end in .jsonl, .json, .csv"),
@@ -337,3 +341,28 @@ def test_rows_of_csv_are_named_by_their_line(tmp_path: Path) -> None:
         place.write_bytes(gzip.compress(text) if packed else text)
         with pytest.raises(DataError, match=r"bad\.csv(\.gz)?:5: field 'label': 'blue' is no label"):
             read_memory_data(str(place), known)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "json", "csv"])
+@pytest.mark.parametrize("text", ["2024-01-01", "007", "True", "null", "NA", "None"])
+def test_texts_that_look_like_something_else_stay_texts(tmp_path: Path, form: str, text: str) -> None:
+    row = {"task": "colours", "instruction": "Which? ", "input": text, "label": text}
+    place = tmp_path / f"rows.{form}"
+    if form == "csv":
+        pytest.importorskip("datasets")
+        place.write_text(f"{','.join(row)},references\n{','.join(row.values())},\n")
+    else:
+        content = json.dumps([row, row]) if form == "json" else json.dumps(row) + "\n"
+        place.write_bytes(gzip.compress(content.encode()) if form == "jsonl.gz" else content.encode())
+    known = [KnownTask("colours", "accuracy", (text, "other"), "", None, None)]
+    found = read_memory_data(str(place), known)["colours"]
+    assert [(example.input, example.label) for example in found] == [(text, text)] * (2 if form == "json" else 1)
+
+
+def test_a_column_of_dates_is_named(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    row = {"task": "colours", "instruction": "Which? ", "input": datetime.datetime(2024, 1, 1), "label": "red"}
+    datasets.Dataset.from_list([row]).to_parquet(tmp_path / "rows.parquet")
+    known = [KnownTask("colours", "accuracy", ("red", "green"), "", None, None)]
+    with pytest.raises(DataError, match=r"rows\.parquet:1: field 'input': must be a text, not a datetime"):
+        read_memory_data(str(tmp_path / "rows.parquet"), known)

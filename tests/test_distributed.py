@@ -101,6 +101,7 @@ def work(rank: int, ports: list[int], model: Path, data: Path, output: Path) -> 
         with pytest.raises(Disagreement, match="after round 1 the processes hold different weights"):
             one_process_masks_otherwise(model, rank)
         interrupted_and_resumed(model, data, output)
+        different_inputs_are_refused(model, data, output, rank)
     assert world() == (0, 1)
     for port, fail in zip(ports[1:], (fail_alone, fail_before_the_others), strict=True):
         os.environ["MASTER_PORT"] = str(port)
@@ -149,7 +150,29 @@ def interrupted_and_resumed(model: Path, data: Path, output: Path) -> None:
             kif.run.train(settings, progress=False)
     finally:
         kif.run.RunLog = usual  # type: ignore[misc]
+    if world()[0] == 0:
+        shutil.copytree(output / "resumed", output / "interrupted")
     kif.run.train(replace(settings, resume=True), progress=False)
+
+
+def different_inputs_are_refused(model: Path, data: Path, output: Path, rank: int) -> None:
+    import kif.run
+
+    settings = run_settings(model, data, output / "different")
+    others = [replace(settings, lr=2e-2), replace(settings, checkpoint_rounds=2), replace(settings, limit_train=20)]
+    messages = ["lr=0.02, process 0 0.01", "checkpoint_rounds=2, process 0 1", "limit_train=20, process 0 None"]
+    changed = output / "changed"
+    with first_process_first():
+        if rank == 0:
+            shutil.copytree(data, changed)
+            rows = (changed / "sizes" / "train.jsonl").read_text()
+            (changed / "sizes" / "train.jsonl").write_text(rows.replace("row", "line"))
+    others.append(replace(settings, data=str(changed)))
+    messages.append("data.sizes.30 rows to train='[0-9a-f]+', process 0 '[0-9a-f]+'")
+    for other, message in zip(others, messages, strict=True):
+        with pytest.raises(ValueError, match=f"process 1 was given {message}: all must get the same options"):
+            kif.run.train(other if rank == 1 else settings, progress=False)
+    assert rank == 1 or not (output / "different").exists()
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +236,14 @@ def test_a_run_of_two_processes_is_resumed_bit_for_bit(ended: Path) -> None:
     whole, resumed = (ended / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "resumed"))
     assert whole.read_bytes() == resumed.read_bytes()
     assert json.loads((ended / "whole" / "environment.json").read_text())["processes"] == RANKS
+
+
+def test_another_number_of_processes_is_refused(ended: Path, model: Path, written: Path) -> None:
+    import kif.run
+
+    settings = run_settings(model, written, ended / "interrupted")
+    with pytest.raises(ValueError, match="was begun with processes=2, now it is 1"):
+        kif.run.train(replace(settings, resume=True), progress=False)
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +126,22 @@ def test_refusals(
     assert "tasks.json does not exist" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "plain"), str(tmp_path / "new"), "--checkpoint", "9"]) == 2
     assert "plain has no checkpoint 9; there is 1 (colours), 2 (sizes)" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_no_half_model(
+    written: Path, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    finished(written, tiny_models["t5"], tmp_path / "run", "seqlora")
+    output = tmp_path / "out"
+
+    def full(*_: Any, **__: Any) -> None:
+        assert (output / "model.safetensors").is_file()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", full)
+        assert main(["export", str(tmp_path / "run"), str(output)]) == 1
+    said = capsys.readouterr().err
+    assert f"{output} cannot be written: No space left on device; " in said and "Traceback" not in said
+    assert not output.exists() and main(["export", str(tmp_path / "run"), str(output)]) == 0

@@ -168,6 +168,12 @@ def test_a_model_without_gradient_checkpointing_is_refused(folders: Folders, mon
         load(folders["llama"], gradient_checkpointing=True)
 
 
+def test_a_file_is_no_model(folders: Folders) -> None:
+    for name in ("config.json", "model.safetensors"):
+        with pytest.raises(ValueError, match=f"model .*{name} is a file: give the folder that holds it"):
+            load(folders["t5"] / name)
+
+
 @pytest.mark.parametrize("kind, head", [("t5", "cosine"), ("llama", "cosine"), ("bert", "cosine"), ("bert", "linear")])
 def test_bf16(folders: Folders, kind: str, head: Any) -> None:
     lm, exact = load(folders[kind], precision="bf16", head=head), load(folders[kind], head=head)
@@ -248,6 +254,19 @@ def test_adapters_that_do_not_fit(folders: Folders, tmp_path: Path) -> None:
     get_peft_model(base, VeraConfig(r=2, target_modules=["q_proj"])).save_pretrained(str(tmp_path / "vera"))
     with pytest.raises(ValueError, match="only LoRA is supported"):
         load(folders["llama"], tmp_path / "vera")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_damaged_adapter_is_named(folders: Folders, tmp_path: Path, name: str) -> None:
+    file = saved(tmp_path / "adapter", load(folders["t5"])) / name
+    whole = file.read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"[]"):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is damaged: "):
+            load(folders["t5"], file.parent)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{name} does not exist: no "):
+        load(folders["t5"], file.parent)
 
 
 def test_linear_head_for_other_labels_is_refused(folders: Folders, tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import shutil
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -193,6 +195,7 @@ def test_bad_lines_are_named(
         (["--task", "color"], "no task 'color'; did you mean 'colours'?"),
         (["--checkpoint", "3"], "has no checkpoint 3; there is 1 (colours), 2 (sizes)"),
         (["nowhere.jsonl"], "nowhere.jsonl does not exist"),
+        (["."], ". is a folder: name a file of it"),
         (["--batch-size", "0"], "must be at least 1"),
     ],
 )
@@ -214,6 +217,17 @@ def test_an_output_without_answers_does_not_stop_the_retry(
     assert main(command) == 2 and len(answers(output.read_text())) == 1
     assert main(command) == 2
     assert "out.jsonl exists" in capsys.readouterr().err
+
+
+def test_a_pipe_is_answered_as_a_file(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `kif predict RUN <(zcat rows.jsonl.gz)` names one."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    line = json.dumps({"instruction": "Which? ", "input": "a red one"}) + "\n"
+    writer = threading.Thread(target=pipe.write_text, args=(line,), daemon=True)
+    writer.start()
+    assert main(["predict", str(runs("recurrent-kif", "t5")), str(pipe)]) == 0
+    assert len(answers(capsys.readouterr().out)) == 1
 
 
 def test_packed_lines(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

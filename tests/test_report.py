@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from matplotlib.figure import Figure
 from kif import report
 from kif.config import RunConfig
 from kif.configfile import dump_config
+from kif.faults import DiskFull
 from kif.report import ReportError, Results, comparison_table, load_results, load_runs, parse_results, write_report
 
 TASKS = ["dbpedia", "amazon", "yahoo", "agnews"]
@@ -240,6 +243,22 @@ def test_results_of_another_kind_are_never_replaced(tmp_path: Path, text: str) -
     # a report is
     for _ in range(2):
         write_report([run], tmp_path / "out")
+
+
+def test_a_report_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = save(tmp_path / "run", content())
+    merged = write_report([run], tmp_path / "report")[-1]
+    before = merged.read_bytes()
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(DiskFull, match="No space left"):
+            write_report([run], tmp_path / "report")
+    assert merged.read_bytes() == before
+    write_report([run], tmp_path / "report")
 
 
 def test_a_run_that_is_named_twice_is_one(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(
     other = tmp_path / "other"
     other.mkdir()
     (other / "letter.txt").write_text("no run")
-    with pytest.raises(FileNotFoundError, match="no checkpoint to resume from"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint to resume from: .* is no run folder, choose"):
         train(replace(cut, output=str(other), resume=True), progress=False)
 
 

@@ -207,6 +207,8 @@ BAD_MANIFESTS: list[tuple[Any, str | None, str]] = [
     ({"tasks": {"colours": {"labels": "blue"}}}, "tasks.colours.labels", "list of different texts"),
     ({"tasks": {"colours": {"labels": ["blue", 1]}}}, "tasks.colours.labels", "list of different texts"),
     ({"tasks": {"colours": {"labels": ["blue", "Blue "]}}}, "tasks.colours.labels", "list of different texts"),
+    ({"tasks": {"colours": {"labels": ["blue", "red", "Red "]}}}, "tasks.colours.labels", "'red' and 'Red ' are not"),
+    ({"tasks": {"colours": {"labels": ["A", "B", "A"]}}}, "tasks.colours.labels", "'A' and 'A' are not"),
 ]
 
 
