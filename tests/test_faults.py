@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -167,7 +168,8 @@ def fill(disk: Path) -> None:
         try:
             while True:
                 file.write(b"\0" * 4096)
-        except OSError:
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
             return
 
 
