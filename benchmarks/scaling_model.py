@@ -166,7 +166,7 @@ def cached_bytes(config: KIFConfig) -> int:
 def launches(config: KIFConfig, sharded: bool = False) -> int:
     """Kernels and operations of a round of the switches that `round_bytes` knows, collectives aside."""
     steps = config.inner_steps + config.outer_steps
-    return 9 * steps + 185 if sharded else 3 * steps + 6
+    return 9 * steps + 179 if sharded else 3 * steps + 6
 
 
 def step_flops(model: Decoder, rows: int, length: int, targets: int, rank: int = 0, checkpointed: bool = False) -> int:

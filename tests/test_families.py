@@ -304,6 +304,8 @@ def test_ranking_equals_likelihoods_one_by_one(
 def test_many_labels_are_ranked_in_parts(load: Loader, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the vocabulary is small, the mask of labels side by side takes more than their logits."""
     lm: Any = load(kind)
+    if lm.base.config._attn_implementation != "sdpa":
+        pytest.skip("this version of transformers has no attention by torch for T5")
     rows = lm.encode(TOPICS, TOPICS.train[:2])
     candidates = list(lm.label_tokens(replace(TOPICS, labels=tuple(map(str, range(200))))).values())
     with torch.no_grad():

@@ -313,7 +313,7 @@ def test_times_add_up() -> None:
     assert model.bookkeeping_seconds(1000, 7, config, slow) == pytest.approx(sum(parts))
     fast = Rates(1e12, 1e12, 5e-6)
     sharded = 4 * 44 - 4 + 8 + 32 + 24
-    expected = (9 * 4 + 185) * 5e-6 + 1000 * sharded / 1e12
+    expected = (9 * 4 + 179) * 5e-6 + 1000 * sharded / 1e12
     assert model.bookkeeping_seconds(1000, 7, config, fast, sharded=True) == pytest.approx(expected)
     passes = model.step_flops(SMALL, *STEP) / 1e9 + model.step_traffic(SMALL, TOKENS) / 1e9 + 1e-3 + 2 * 2e-3
     assert model.compute_seconds(SMALL, *STEP, slow) == pytest.approx(passes)
