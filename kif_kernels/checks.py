@@ -80,7 +80,11 @@ def check_dtype(tensors: Mapping[str, Tensor | None], allowed: Sequence[torch.dt
 def check_scalars(device: torch.device, tensors: Mapping[str, Tensor | None]) -> None:
     """Every given tensor has one element and lies on `device`."""
     for name, tensor in tensors.items():
-        if tensor is not None and (tensor.numel() != 1 or tensor.device != device):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a 0-d tensor on {device}, got {tensor!r}")
+        if tensor.numel() != 1 or tensor.device != device:
             raise ValueError(f"{name} must be a 0-d tensor on {device}, got {tuple(tensor.shape)} on {tensor.device}")
 
 

@@ -332,5 +332,7 @@ def test_what_does_not_fit_is_refused(device: torch.device) -> None:
         kk.fuse_(theta, start, inner, a, b, t.reshape(1), t.reshape(1), segments=kk.Segments.of([(96, 16)]))
     with pytest.raises(ValueError, match="threshold_in"):
         kk.fuse_(theta, start, inner, a, b, torch.stack([t, t]), t)
+    with pytest.raises(ValueError, match=r"threshold_out must be a 0-d tensor on .*, got 0\.5"):
+        kk.fuse_(theta, start, inner, a, b, t, 0.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="kept must be int64"):
         kk.fuse_(theta, start, inner, a, b, t, t, kept=torch.zeros(3, device=device))
