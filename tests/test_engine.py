@@ -385,6 +385,21 @@ def test_steps_out_of_order_are_refused() -> None:
         kif.inner_step(0.1)
 
 
+def test_every_kind_of_step_takes_gradients_that_lie_elsewhere() -> None:
+    """As a backward pass leaves them after `zero_grad(set_to_none=True)`."""
+    found = []
+    for apart in (False, True):
+        kif, parameters = engine(KIFConfig(inner_steps=1))
+        for number, step in enumerate((kif.plain_step, kif.inner_step, kif.outer_step)):
+            for parameter in parameters.values() if apart else ():
+                parameter.grad = torch.zeros_like(parameter)
+            feed(parameters, gradients(number))
+            step(LR)
+        kif.fuse()
+        found.append(kif.arena.data.clone())
+    assert torch.equal(*found)
+
+
 def test_a_learning_rate_out_of_range_changes_nothing() -> None:
     kif, parameters = engine(KIFConfig())
     feed(parameters, gradients(0))
