@@ -37,9 +37,10 @@ class DecoderModel(GenerativeModel):
 
     def _prompt_parts(self, task: Task, example: Example) -> tuple[str, str, str]:
         before, text, after = super()._prompt_parts(task, example)
-        if after:
-            return before, text, after.rstrip(" ")
-        return before, text.rstrip(" "), after
+        after = after.rstrip(" ")
+        # the blanks may begin before the template's last part
+        text = text if after else text.rstrip(" ")
+        return before if text or after else before.rstrip(" "), text, after
 
     def _without_end(self, ids: list[int]) -> list[int]:
         return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids

@@ -111,6 +111,12 @@ def _tokens(config: RunConfig, lm: LanguageModel, task: Task) -> Mapping[str, st
         if lost:
             kind = "labels that the tokenizer cannot write are never answered, rename them or use eval_mode rank"
             notes[kind] = _listed(lost)
+        # an answer is one without the end-of-sequence token, too
+        most = config.max_new_tokens
+        long = [f"{label!r} has {len(ids) - 1}" for label, ids in known.items() if len(ids) - 1 > most]
+        if long:
+            kind = f"labels of more than max_new_tokens={most} tokens are never answered whole, raise it"
+            notes[kind] = _listed(long)
     return notes
 
 

@@ -37,7 +37,7 @@ def plot_accuracy_matrix(results: Results, path: Path) -> None:
     axes.set_xlabel("after training on task")
     axes.set_ylabel("scored on task")
     bwt = "" if results.bwt is None else f", BWT {results.bwt:+.1f}"
-    axes.set_title(f"{results.label}, seed {results.seed}\nOP {results.op:.1f}{bwt}", fontsize=11)
+    axes.set_title(f"{_literal(results.label)}, seed {results.seed}\nOP {results.op:.1f}{bwt}", fontsize=11)
     figure.colorbar(image, ax=axes, label=f"{results.eval_split} score (%)", shrink=0.8)
     figure.savefig(path)
 
@@ -61,8 +61,10 @@ def plot_tasks(results: Sequence[Results], path: Path) -> None:
     stages = [*([0] if has_start else []), *range(1, len(tasks) + 1, 1 if len(tasks) <= 8 else 2)]
     for number, (name, runs) in enumerate(groups):
         for i in range(len(tasks)):
-            style = {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
-            _draw_task(panels[i], name if i == 0 else "_", runs, i, style)
+            # another marker each time the colours begin anew
+            marker = _MARKERS[(number + number // len(_COLOURS)) % len(_MARKERS)]
+            style = {"color": _COLOURS[number % len(_COLOURS)], "marker": marker}
+            _draw_task(panels[i], _literal(name) if i == 0 else "_", runs, i, style)
     for i, axes in enumerate(panels):
         if i >= len(tasks):
             axes.set_visible(False)
@@ -115,4 +117,9 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _short(name: str, length: int) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
+    return _literal(name if len(name) <= length else name[: length - 1] + "…")
+
+
+def _literal(text: str) -> str:
+    """`text` such that matplotlib takes no part of it for a formula."""
+    return text.replace("$", r"\$")

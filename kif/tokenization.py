@@ -22,7 +22,7 @@ from kif.families import Encoded, LanguageModel
 from kif.files import write_json
 from kif.tasks import Example, Task
 
-FORMAT = 1
+FORMAT = 2
 """Raised when `Encoded`, or how it is made, changes, so that older files are not read."""
 
 ORIGIN = "kif_origin.json"

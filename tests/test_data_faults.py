@@ -120,6 +120,28 @@ def test_labels_that_the_tokenizer_lacks_are_said(
     assert [str(warning.message) for warning in caught] == expected
 
 
+@pytest.mark.parametrize("kind", ["t5", "llama", "bert"])
+def test_labels_longer_than_an_answer_are_said(tiny_models: dict[str, Path], kind: str) -> None:
+    """The end of the sequence need not be generated."""
+    label = "Science or Technology"
+    rows = tuple(Example("a", "a", name, (name,)) for name in ("a", label))
+    task = Task("t", "accuracy", ("a", label), "{instruction} {input}", rows, test=rows)
+    lm = load_language_model(RunConfig(model=str(tiny_models[kind]), device="cpu"), {"t": task.labels})
+    length = len(lm.label_tokens(task)[label]) - 1
+
+    def notes(**options: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            warn_of_data(RunConfig(batch_size=1, **options), lm, [task], lambda task: task.test, lm.encode)
+        return [str(warning.message) for warning in caught]
+
+    assert length > 1 and notes(max_new_tokens=length) == []
+    expected = f"labels of more than max_new_tokens={length - 1} tokens are never answered whole, raise it: "
+    said = [f"{expected}t: {label!r} has {length}"] if kind != "bert" else []
+    assert notes(max_new_tokens=length - 1) == said
+    assert notes(max_new_tokens=length - 1, eval_mode="rank") == []
+
+
 def test_a_batch_larger_than_the_task_takes_all_rows(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     data = write(tmp_path / "data", ROWS[:5], ROWS[:3], ["a", "b"])
     (note,) = notes(settings(data, tiny_models["t5"], tmp_path / "big", batch_size=64, lora_dropout=0.0))

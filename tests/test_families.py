@@ -178,6 +178,21 @@ def test_decoder_target_where_the_template_ends_with_the_input(load: Loader) -> 
     assert lm.tokenizer.decode(row.target) == f" {task.train[0].label}</s>"
 
 
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [("{instruction}{input} ", "the team won "), ("{instruction}{input}", ""), ("{input}\n{instruction} ", "a ")],
+)
+def test_decoder_prompt_ends_without_blanks(load: Loader, template: str, text: str) -> None:
+    """Wherever the blanks come from: the template, the text or the instruction."""
+    lm = load("llama")
+    task = topic_task(template=template)
+    example = Example("Which topic? ", text, "World", ("World",))
+    row = lm.encode(task, [example])[0]
+    prompt = task.prompt(example)
+    assert prompt.endswith(" ") and [*row.input_ids] == lm.tokenizer(prompt.rstrip(" "))["input_ids"]
+    assert lm.tokenizer.decode(row.target) == " World</s>"
+
+
 def test_encoder_decoder_target_is_the_label(load: Loader) -> None:
     lm = load("t5")
     for example, row in zip(TOPICS.train, lm.encode(TOPICS, TOPICS.train), strict=True):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from kif import report
 from kif.config import RunConfig
@@ -209,6 +210,40 @@ def test_lines_of_the_tasks_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert np.array_equal(method.get_ydata(), [np.nan, np.nan, 81.0, 71.0, 61.0], equal_nan=True)
     assert np.array_equal(level.get_ydata(), [90.0, 90.0]) and level.get_linestyle() == "--"
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["seqlora", "mtl"]
+
+
+def test_methods_of_the_tasks_picture_all_look_different(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fourteen systems are compared."""
+    from kif import plots
+
+    looks: dict[str, tuple[str, str]] = {}
+    draw = plots._draw_task
+
+    def remember(axes: Any, name: str, runs: Any, task: int, style: Any) -> None:
+        looks[runs[0].label] = (style["color"], style["marker"])
+        draw(axes, name, runs, task, style)
+
+    monkeypatch.setattr(plots, "_draw_task", remember)
+    report.plot_tasks([make(f"method {i}") for i in range(14)], tmp_path / "tasks.png")
+    assert len(set(looks.values())) == len(looks) == 14
+
+
+def test_names_are_no_formulas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands between two dollar signs is drawn as it is; matplotlib would read it, and fail where it cannot."""
+    drawn: list[tuple[str, Any]] = []
+    preprocess = Text._preprocess_math
+
+    def remember(self: Text, text: str) -> tuple[str, Any]:
+        drawn.append(preprocess(self, text))
+        return drawn[-1]
+
+    monkeypatch.setattr(Text, "_preprocess_math", remember)
+    names = ["$^$ and $_$", "$x$", "$y$", "$z$"]
+    runs = [make("$^$", tasks=names), make("$x$", tasks=names)]
+    report.plot_tasks(runs, tmp_path / "tasks.png")
+    report.plot_accuracy_matrix(runs[0], tmp_path / "matrix.png")
+    assert ("$^$", False) in drawn and ("1. $^$ and $_$", False) in drawn
+    assert all(not formula for _, formula in drawn)
 
 
 def test_sequences_get_their_own_pictures(tmp_path: Path) -> None:
