@@ -205,6 +205,8 @@ def test_the_position_bias_is_masked_once(
     t5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 3, "num_heads": 2, "dropout_rate": 0}
     folder = build_type(model_type, "encoder-decoder", tmp_path, **t5)
     monkeypatch.setattr("kif.models.fit_layers", lambda *_: None)
+    # umt5 is refused with transformers 5.17, for its decoder
+    monkeypatch.setattr("kif.models.check_order", lambda *_: None)
     lm = load(folder, precision="bf16" if precision == "bf16" else "fp32", target_modules=["q", "v"])
     width = lm.collate(lm.encode(TOPICS, TOPICS.train))["input_ids"].shape[1]
     attend, masks = F.scaled_dot_product_attention, []
