@@ -14,6 +14,8 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from kif.distributed import is_spread
+
 ALIGNMENT = 32
 """Elements a parameter's start is aligned to (128 bytes): vector loads stay aligned, cache lines are not shared."""
 
@@ -297,8 +299,7 @@ def _check_parameters(named: list[tuple[str, nn.Parameter]]) -> None:
     for name, parameter in named:
         if not parameter.requires_grad:
             raise ArenaError(f"parameter {name} does not require a gradient")
-        # of a DTensor
-        if hasattr(parameter, "device_mesh"):
+        if is_spread(parameter):
             raise ArenaError(
                 f"parameter {name} is spread over processes (FSDP, tensor parallel), and the arena holds whole ones: "
                 "leave what is trained whole (kif.sharding.shard_base splits the frozen layers alone)"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from kif.distributed import is_spread
 from kif_kernels import importance_ema_, importance_threshold
 
 IMPORTANCE_FILE = "kif_importance.safetensors"
@@ -56,8 +57,7 @@ class KIFCallback(TrainerCallback):
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad or parameter.grad is None:
                 continue
-            # of a DTensor
-            if hasattr(parameter, "device_mesh"):
+            if is_spread(parameter):
                 raise ValueError(f"KIFCallback cannot score parameter {name}, which is spread over processes (FSDP)")
             if name not in self.importance:
                 self.importance[name] = torch.zeros_like(parameter, dtype=torch.float32)

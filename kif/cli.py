@@ -219,9 +219,11 @@ def compare(argv: Sequence[str]) -> int:
         raise ValueError("a comparison goes on by itself where it stopped, run by run: give it no --resume")
     if base.continue_from:
         raise ValueError("a comparison trains from the start: give it no --from")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("a comparison starts its runs itself, each as one process: leave torchrun out")
     from kif.compare import plan, run
+    from kif.distributed import started
+
+    if started() > 1:
+        raise ValueError("a comparison starts its runs itself, each as one process: leave torchrun out")
     from kif.report import comparison_table, load_runs, write_report
 
     cells = plan(base, options.methods.split(","), range(options.seeds))

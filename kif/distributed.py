@@ -29,6 +29,16 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
+def started() -> int:
+    """Number of processes that `torchrun` started, before they have joined; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_spread(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which each process holds a part."""
+    return hasattr(tensor, "device_mesh")
+
+
 def share(rows: Sequence[T]) -> Sequence[T]:
     """This process's part of `rows`, which all hold: every size-th one from its number on; may be empty."""
     rank, size = world()
@@ -91,7 +101,7 @@ def process_group(device: str) -> Iterator[None]:
         device: as configured; `auto` and `cuda` give each process the GPU of its number on the machine.
     Raises: ValueError when there are fewer GPUs than processes on the machine, or the device is a single GPU.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if started() == 1:
         yield
         return
     place = local_device(device)
@@ -115,7 +125,7 @@ def local_device(device: str) -> str:
 
     Raises: ValueError as `process_group`.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    count = started()
     if count == 1 or device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return device
     if device not in ("auto", "cuda"):
